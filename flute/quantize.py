@@ -1,0 +1,187 @@
+"""Weights to codes and scales, and back: pure functions on tensors, on any device.
+
+A weight matrix W (N, K) is cut along K into groups of g weights. A group shares one scale s and each weight (or pair of
+weights, ``vector_size`` 2) becomes the index of a table entry::
+
+    codes[n, j] = argmin_i |W[n, k] / s - table[i]|        W^[n, k] = table[codes[n, k]] * s[n, k // g]
+
+``absmax`` takes the smallest scale with which the table spans the group, s = max(max w / max t, max -w / max -t), which
+is the usual absmax for tables that reach equally far on both sides. ``mse`` tries a fan of smaller scales and keeps,
+group by group, the one with the least squared error: clipping a rare large weight often costs less than coarser steps.
+
+Scales are rounded to their storage dtype *before* codes are chosen, so codes are the nearest for the scale that will be
+used. A value exactly between two table entries takes the lower one. A group of zeros gets scale 0 and decodes to 0.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .errors import QuantizeError
+from .spec import QuantSpec
+from .tables import resolve_table
+
+SCALE_METHODS = ("absmax", "mse")
+_MSE_FAN = tuple(1.0 - 0.02 * step for step in range(31))  # 1.00, 0.98 .. 0.40 of the covering scale
+_ROWS_AT_ONCE_ELEMENTS = 1 << 23  # bound on float32 scratch: a slice of rows of about 32 MB
+
+
+class Quantized(NamedTuple):
+    """Codes uint8 (N, K / vector_size) and scales (N, ceil(K / g)) in a 16- or 32-bit float dtype."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+
+
+def _grouped(weight: torch.Tensor, group: int) -> torch.Tensor:
+    """(N, K) -> (N, G, g) float32, the short last group padded with zeros (which change no absmax)."""
+    rows, width = weight.shape
+    groups = -(-width // group)
+    padded = torch.nn.functional.pad(weight.to(torch.float32), (0, groups * group - width))
+    return padded.view(rows, groups, group)
+
+
+def _covering_scale(grouped: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """(N, G, g) -> (N, G): the smallest scale with which the table's range covers each group."""
+    high, low = float(table.max()), float(-table.min())
+    above, below = grouped.amax(-1).clamp_min(0), (-grouped).amax(-1).clamp_min(0)
+    if low <= 0 or high <= 0:  # a one-sided table: cover what it can reach
+        return torch.maximum(above, below) / max(high, low)
+    return torch.maximum(above / high, below / low)
+
+
+def _round_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Round to the storage dtype, never to Inf, never to a zero that would lose a group that is not zero."""
+    info = torch.finfo(dtype)
+    rounded = scale.clamp_max(info.max).to(dtype)
+    smallest = info.smallest_normal if dtype == torch.float32 else info.tiny * info.eps
+    return torch.where((rounded == 0) & (scale > 0), torch.full_like(rounded, smallest), rounded)
+
+
+def _nearest(grouped: torch.Tensor, scale: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Codes int64 of the nearest table entries: (N, G, g) scalars, or (N, G, g/2) when the table holds pairs."""
+    safe = torch.where(scale == 0, torch.ones_like(scale), scale)
+    unit = grouped / safe.unsqueeze(-1)
+    if table.dim() == 1:
+        ordered, order = torch.sort(table, stable=True)
+        middles = (ordered[1:] + ordered[:-1]) / 2
+        return order[torch.bucketize(unit, middles)]
+    pairs = unit.view(-1, 2)
+    # |p - t|^2 = |p|^2 - 2 p.t + |t|^2 and the first term does not choose; 256 entries at once need slices
+    norms = (table * table).sum(-1)
+    chunk = max(1, _ROWS_AT_ONCE_ELEMENTS // table.shape[0])
+    best = [(norms - 2 * (part @ table.T)).argmin(-1) for part in pairs.split(chunk)]
+    return torch.cat(best).view(*unit.shape[:-1], unit.shape[-1] // 2)
+
+
+def _decode(codes: torch.Tensor, scale: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """(N, G, codes) and (N, G) -> (N, G, g) float32."""
+    values = table[codes]
+    if table.dim() == 2:
+        values = values.flatten(-2)
+    return values * scale.unsqueeze(-1)
+
+
+def _searched_scale(grouped: torch.Tensor, covering: torch.Tensor, table: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    best = _round_scale(covering, dtype)
+    least = torch.full_like(covering, float("inf"))
+    for share in _MSE_FAN:
+        scale = _round_scale(covering * share, dtype)
+        wide = scale.to(torch.float32)
+        error = (grouped - _decode(_nearest(grouped, wide, table), wide, table)).square().sum(-1)
+        better = error < least
+        best, least = torch.where(better, scale, best), torch.where(better, error, least)
+    return best
+
+
+def _check_weight(weight: torch.Tensor, spec: QuantSpec, scale: str, name: str) -> None:
+    if scale not in SCALE_METHODS:
+        raise QuantizeError(f"layer {name!r}: scale={scale!r} is unknown; use one of {', '.join(SCALE_METHODS)}")
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise QuantizeError(
+            f"layer {name!r}: weight is {tuple(weight.shape)} {weight.dtype}; a floating-point matrix (N, K) is needed"
+        )
+    spec.check_layer(name, *weight.shape)
+    finite = torch.isfinite(weight)
+    if not bool(finite.all()):
+        bad = torch.nonzero(~finite)
+        row, column = bad[0].tolist()
+        raise QuantizeError(
+            f"layer {name!r}: {len(bad)} of {weight.numel()} weights are NaN or Inf, the first at [{row}, {column}]; "
+            "repair the checkpoint, or leave this layer out with a skip pattern"
+        )
+
+
+def quantize(
+    weight: torch.Tensor,
+    spec: QuantSpec,
+    *,
+    table: torch.Tensor | None = None,
+    scale: str = "absmax",
+    scale_dtype: torch.dtype | None = None,
+    name: str = "weight",
+) -> Quantized:
+    """Quantize W (N, K) by rounding to nearest.
+
+    Args:
+        weight: (N, K), any float dtype, any device.
+        spec: bits, group size, table and vector size.
+        table: the custom table, when ``spec.table`` is ``"custom"``.
+        scale: ``"absmax"`` or ``"mse"``.
+        scale_dtype: dtype of the stored scales; the weight's own if that has 16 bits, else float16.
+        name: the layer's name, for messages.
+
+    Returns:
+        Quantized: codes uint8 (N, K / vector_size), scales (N, ceil(K / g)).
+
+    Raises:
+        QuantizeError: NaN or Inf weights, wrong rank or dtype. SpecError: the spec does not fit the shape.
+    """
+    _check_weight(weight, spec, scale, name)
+    values = resolve_table(spec, table).to(weight.device)
+    if scale_dtype is None:
+        scale_dtype = weight.dtype if weight.dtype in (torch.float16, torch.bfloat16) else torch.float16
+    # The kernels see the table in the activation dtype: choose codes among the values that will be used.
+    values = values.to(scale_dtype).to(torch.float32)
+    rows, width = weight.shape
+    codes, scales = [], []
+    for part in weight.split(max(1, _ROWS_AT_ONCE_ELEMENTS // width)):
+        grouped = _grouped(part, spec.group(width))
+        covering = _covering_scale(grouped, values)
+        chosen = _round_scale(covering, scale_dtype) if scale == "absmax" else _searched_scale(
+            grouped, covering, values, scale_dtype
+        )
+        index = _nearest(grouped, chosen.to(torch.float32), values).flatten(1)[:, : spec.row_codes(width)]
+        codes.append(index.to(torch.uint8))
+        scales.append(chosen)
+    return Quantized(torch.cat(codes), torch.cat(scales))
+
+
+def dequantize(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    spec: QuantSpec,
+    *,
+    table: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """The weights that codes and scales stand for: ``dtype(table[codes] * scales)``, rounded once.
+
+    Args:
+        codes: uint8 (N, K / vector_size). scales: (N, ceil(K / g)).
+        spec, table: as in `quantize`.
+        dtype: of the result, and the dtype to which the table is rounded first; default the scales' own.
+
+    Returns:
+        (N, K) in ``dtype``.
+    """
+    dtype = dtype or scales.dtype
+    values = resolve_table(spec, table).to(device=codes.device, dtype=dtype).to(torch.float32)
+    decoded = values[codes.long()]
+    if spec.vector_size == 2:
+        decoded = decoded.flatten(-2)
+    width = decoded.shape[1]
+    spread = scales.to(torch.float32).repeat_interleave(spec.group(width), dim=1)[:, :width]
+    return (decoded * spread).to(dtype)
