@@ -1,6 +1,6 @@
 """The one place that reads the environment and decides where files of our own may live.
 
-FLUTE_CACHE_DIR         where compiled kernels and tuning results are kept; default $XDG_CACHE_HOME/flute, ~/.cache/flute
+FLUTE_CACHE_DIR         where compiled kernels are kept; default $XDG_CACHE_HOME/flute or ~/.cache/flute
 FLUTE_NO_AUTOREGISTER   set to 1: flute does not register itself with transformers
 CUDA_HOME, CUDA_PATH    where to look for NVRTC and CUDA headers that did not come with torch or pip
 """
@@ -38,14 +38,10 @@ def cache_dir() -> Path:
         path = path.resolve(strict=True)  # the checks below are about the directory itself, not a link to it
         found = path.stat()
     except (OSError, RuntimeError) as error:
-        raise FluteError(
-            f"cache directory cannot be used: {error}; set FLUTE_CACHE_DIR to a directory of yours"
-        ) from None
+        raise FluteError(f"cache directory cannot be used: {error}; set FLUTE_CACHE_DIR to another") from None
     if hasattr(os, "getuid"):
         if found.st_uid != os.getuid():
-            raise FluteError(
-                f"cache directory {path} belongs to user {found.st_uid}; set FLUTE_CACHE_DIR to one of yours"
-            )
+            raise FluteError(f"cache directory {path} belongs to user {found.st_uid}; set FLUTE_CACHE_DIR to yours")
         if found.st_mode & _WRITABLE_BY_OTHERS:
             raise FluteError(
                 f"cache directory {path} has rights {stat.S_IMODE(found.st_mode):04o}, so others may write to it; "
