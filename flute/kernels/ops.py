@@ -1,0 +1,280 @@
+"""The operator ``flute::lut_linear`` and its partner ``flute::dequantize``, known to torch.
+
+    y (..., N) = x (..., K) . W^T + bias,     W = table[codes] * scales
+
+Codes and scales come in one of two layouts, told apart by their rank: the checkpoint's (uint8 (N, row_bytes) and (N, G))
+or, on CUDA, kernel order (uint8 (tiles, chunks, chunk_bytes) and (tiles, G, 16), see `layout`). Every M is one opaque
+operator call, so torch.compile, CUDA graphs and vLLM never see the choice of kernel inside:
+
+* CUDA, M <= 64: the decode kernel (`cuda`). Above, or for specs the kernel does not take: dequantize, then torch's matmul.
+* CPU: the C kernel (`cpu`) for small M if it was built, else dequantize and matmul.
+
+Gradients flow to x (and bias) only: dx = dy . W. The codes are constants, so adapters such as LoRA train on top.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ..errors import OperatorError
+from ..spec import QuantSpec
+from . import cpu, layout, reference
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+DECODE_TOKENS = 64  # the most tokens the CUDA decode kernel takes
+_CPU_KERNEL_TOKENS = 16
+
+_library = torch.library.Library("flute", "DEF")
+_library.define(
+    "lut_linear(Tensor x, Tensor weight, Tensor scales, Tensor table, Tensor? bias, int out_features, int bits, "
+    "int group_size) -> Tensor"
+)
+_library.define(
+    "dequantize(Tensor weight, Tensor scales, Tensor table, int out_features, int in_features, int bits, "
+    "int group_size) -> Tensor"
+)
+
+
+# ---- checks --------------------------------------------------------------------------------------------------------
+
+
+def _refuse(what: str) -> None:
+    raise OperatorError(f"flute.lut_linear: {what}")
+
+
+def _check_weight(
+    weight: torch.Tensor, scales: torch.Tensor, table: torch.Tensor, n: int, k: int, bits: int, group_size: int
+) -> None:
+    if bits not in (2, 3, 4):
+        _refuse(f"bits={bits}; use 2, 3 or 4")
+    if group_size != -1 and group_size < 1:
+        _refuse(f"group_size={group_size}; use a positive number, or -1 for the whole row")
+    if n < 1 or k < 1:
+        _refuse(f"weight of {n} x {k}; both must be positive")
+    if tuple(table.shape) not in ((1 << bits,), (1 << 2 * bits, 2)):
+        _refuse(f"table {tuple(table.shape)} does not fit bits={bits}; expected {(1 << bits,)} or {(1 << 2 * bits, 2)}")
+    if table.dim() == 2 and (k % 2 or (group_size > 0 and min(group_size, k) % 2)):
+        _refuse(f"a table of pairs needs even K and group_size, got K={k}, group_size={group_size}")
+    groups = 1 if group_size == -1 else -(-k // group_size)
+    if weight.dim() == 3:
+        shapes = (layout.packed_shape(n, k, bits), (-(-n // layout.TILE_ROWS), groups, layout.TILE_ROWS))
+    else:
+        shapes = ((n, -(-k * bits // 8)), (n, groups))
+    if weight.dtype != torch.uint8 or tuple(weight.shape) != shapes[0]:
+        _refuse(f"weight {tuple(weight.shape)} {weight.dtype}; {n} x {k} at {bits} bits needs uint8 {shapes[0]}")
+    if tuple(scales.shape) != shapes[1]:
+        _refuse(f"scales {tuple(scales.shape)}; {n} x {k} with group_size={group_size} needs {shapes[1]}")
+    if not weight.device == scales.device == table.device:
+        _refuse(f"tensors on two devices: weight {weight.device}, scales {scales.device}, table {table.device}")
+    if scales.dtype != table.dtype or scales.dtype not in _DTYPES:
+        _refuse(f"scales are {scales.dtype} and table is {table.dtype}; both must be one of float16, bfloat16, float32")
+    if weight.dim() == 3 and weight.device.type == "cpu":
+        _refuse("weight is in kernel order on the CPU; kernel order is for CUDA, move the layer with .to('cpu')")
+
+
+def _check_x(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, n: int) -> None:
+    if x.dim() == 0:
+        _refuse("x is a scalar; it needs a last dimension of in_features")
+    if x.dtype != scales.dtype:
+        _refuse(f"x is {x.dtype} but scales are {scales.dtype}; cast x, or load the layer in {x.dtype}")
+    if x.device != weight.device:
+        _refuse(f"x is on {x.device} but weight is on {weight.device}")
+    if bias is not None and (tuple(bias.shape) != (n,) or bias.dtype != x.dtype or bias.device != x.device):
+        _refuse(f"bias {tuple(bias.shape)} {bias.dtype} on {bias.device}; needs ({n},) {x.dtype} on {x.device}")
+
+
+# ---- implementations -----------------------------------------------------------------------------------------------
+
+
+def _checkpoint_order(
+    weight: torch.Tensor, scales: torch.Tensor, out_features: int, in_features: int, bits: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if weight.dim() == 2:
+        return weight, scales
+    return layout.unpack_weight(weight, bits, out_features, in_features), layout.unpack_scales(scales, out_features)
+
+
+def _dequantize(
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    table: torch.Tensor,
+    out_features: int,
+    in_features: int,
+    bits: int,
+    group_size: int,
+) -> torch.Tensor:
+    _check_weight(weight, scales, table, out_features, in_features, bits, group_size)
+    if weight.is_cuda and weight.dim() == 3:
+        from . import cuda
+
+        return cuda.dequantize(weight, scales, table, out_features, in_features, bits, group_size)
+    if not weight.is_cuda and cpu.available():
+        group = in_features if group_size == -1 else min(group_size, in_features)
+        return cpu.dequantize(
+            weight, scales, table, in_features, bits=bits, group_size=group, vector_size=table.dim()
+        )
+    plain = _checkpoint_order(weight, scales, out_features, in_features, bits)
+    return reference.decode(*plain, table, in_features, bits, group_size)
+
+
+def _dense_path(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    table: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_features: int,
+    bits: int,
+    group_size: int,
+) -> torch.Tensor:
+    dense = _dequantize(weight, scales, table, out_features, x.shape[-1], bits, group_size)
+    return F.linear(x, dense, bias)
+
+
+def _lut_linear_cpu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    table: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_features: int,
+    bits: int,
+    group_size: int,
+) -> torch.Tensor:
+    k = x.shape[-1] if x.dim() else 0
+    _check_weight(weight, scales, table, out_features, k, bits, group_size)
+    _check_x(x, weight, scales, bias, out_features)
+    flat = x.reshape(-1, k)
+    if flat.shape[0] == 0:
+        return x.new_empty(*x.shape[:-1], out_features)
+    if flat.shape[0] <= _CPU_KERNEL_TOKENS and cpu.available():
+        group = k if group_size == -1 else min(group_size, k)
+        y = cpu.lut_linear(
+            flat.contiguous(), weight.contiguous(), scales.contiguous(), table.contiguous(), bias,
+            bits=bits, group_size=group, vector_size=table.dim(),
+        )  # fmt: skip
+    else:
+        y = _dense_path(flat, weight, scales, table, bias, out_features, bits, group_size)
+    return y.view(*x.shape[:-1], out_features)
+
+
+def _lut_linear_cuda(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    table: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_features: int,
+    bits: int,
+    group_size: int,
+) -> torch.Tensor:
+    k = x.shape[-1] if x.dim() else 0
+    _check_weight(weight, scales, table, out_features, k, bits, group_size)
+    _check_x(x, weight, scales, bias, out_features)
+    if x.dtype == torch.float32:
+        _refuse("x is float32; the CUDA kernels take float16 and bfloat16, cast x and the layer")
+    flat = x.reshape(-1, k)
+    m = flat.shape[0]
+    if m == 0:
+        return x.new_empty(*x.shape[:-1], out_features)
+    group = k if group_size == -1 else group_size
+    if m <= DECODE_TOKENS and (group >= k or group % 32 == 0):
+        from . import cuda
+
+        if weight.dim() == 2:  # an offloaded layer, moved here for this call only
+            weight, scales = layout.pack_weight(weight, bits, k), layout.pack_scales(scales)
+        y = cuda.decode(flat, weight, scales, table, bias, out_features, bits, group_size)
+    else:
+        y = _dense_path(flat, weight, scales, table, bias, out_features, bits, group_size)
+    return y.view(*x.shape[:-1], out_features)
+
+
+def _lut_linear_fake(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    table: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_features: int,
+    bits: int,
+    group_size: int,
+) -> torch.Tensor:
+    _check_weight(weight, scales, table, out_features, x.shape[-1] if x.dim() else 0, bits, group_size)
+    _check_x(x, weight, scales, bias, out_features)
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+def _dequantize_fake(
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    table: torch.Tensor,
+    out_features: int,
+    in_features: int,
+    bits: int,
+    group_size: int,
+) -> torch.Tensor:
+    _check_weight(weight, scales, table, out_features, in_features, bits, group_size)
+    return scales.new_empty(out_features, in_features)
+
+
+# ---- autograd ------------------------------------------------------------------------------------------------------
+
+
+def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: torch.Tensor) -> None:
+    x, weight, scales, table, bias, out_features, bits, group_size = inputs
+    ctx.save_for_backward(weight, scales, table)
+    ctx.sizes = (out_features, x.shape[-1], bits, group_size)  # type: ignore[attr-defined]
+
+
+def _backward(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    weight, scales, table = ctx.saved_tensors  # type: ignore[attr-defined]
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
+        grad_x = grad @ torch.ops.flute.dequantize(weight, scales, table, *ctx.sizes)  # type: ignore[attr-defined]
+    if ctx.needs_input_grad[4]:  # type: ignore[attr-defined]
+        grad_bias = grad.flatten(0, -2).sum(0)
+    return grad_x, None, None, None, grad_bias, None, None, None
+
+
+_library.impl("lut_linear", _lut_linear_cpu, "CPU")
+_library.impl("lut_linear", _lut_linear_cuda, "CUDA")
+_library.impl("dequantize", _dequantize, "CPU")
+_library.impl("dequantize", _dequantize, "CUDA")
+torch.library.register_fake("flute::lut_linear", _lut_linear_fake, lib=_library)
+torch.library.register_fake("flute::dequantize", _dequantize_fake, lib=_library)
+torch.library.register_autograd("flute::lut_linear", _backward, setup_context=_setup_context, lib=_library)
+
+
+# ---- the public function ---------------------------------------------------------------------------------------------
+
+
+def lut_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    table: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    spec: QuantSpec,
+    out_features: int | None = None,
+) -> torch.Tensor:
+    """y = x . W^T + bias with W = table[codes] * scales, products summed in float32 and rounded once.
+
+    Args:
+        x: (..., K), float16 or bfloat16 (float32 too on the CPU); any strides, any leading dimensions, also empty.
+        weight: codes, uint8 (N, row_bytes) as in a checkpoint, or kernel order (see `layout.pack_weight`) on CUDA.
+        scales: (N, G), or kernel order beside kernel-order codes; x's dtype.
+        table: (2**bits,), or (2**(2*bits), 2) for vectors; x's dtype.
+        bias: (N,) in x's dtype, or None.
+        spec: bits and group size.
+        out_features: N; needed for kernel order, where N may be padded.
+
+    Returns:
+        (..., N) in x's dtype, the same bits on every run of the same machine.
+
+    Raises:
+        OperatorError: shapes, dtypes or devices do not fit.
+    """
+    n = weight.shape[0] if out_features is None else out_features
+    return torch.ops.flute.lut_linear(x, weight, scales, table, bias, n, spec.bits, spec.group_size)

@@ -1,0 +1,151 @@
+"""`LutLinear`: an nn.Linear whose weight is codes, scales and a table.
+
+It *is* an ``nn.Linear`` with a parameter called ``weight``, because that is what PEFT, accelerate and loaders look for;
+only the weight is uint8 codes and no gradient goes to it. On a GPU the codes and scales lie in kernel order, anywhere else
+in the checkpoint's order; moving the module converts them, and a state dict always shows the checkpoint's order, so
+what is saved never depends on where the model was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .kernels import layout, ops
+from .packing import pack_codes
+from .quantize import quantize
+from .spec import CUSTOM_TABLE, QuantSpec
+from .tables import named_table, resolve_table
+
+
+class LutLinear(nn.Linear):
+    """y = x . W^T + bias, W ~ table[codes] * scales.
+
+    Args:
+        in_features, out_features: K and N, any sizes.
+        spec: how W is stored.
+        bias: whether there is a bias (N,).
+        device, dtype: as in nn.Linear; ``dtype`` is that of scales, table and bias (float16 or bfloat16; float32 on CPU).
+
+    Attributes:
+        weight: Parameter uint8, codes; (N, row_bytes) or, on CUDA, kernel order. Never trained.
+        scales: Parameter (N, G) or, on CUDA, kernel order. Never trained by default.
+        table: buffer of ``spec.table_shape``; saved only when it is a custom one.
+    """
+
+    # transformers' tensor-parallel wrapper hands this module plain local tensors instead of DTensors
+    _hf_quantized_needs_local_tp = True
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        spec: QuantSpec,
+        *,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would allocate the dense weight
+        spec.check_layer("LutLinear", out_features, in_features)
+        dtype = dtype or torch.get_default_dtype()
+        self.in_features, self.out_features, self.spec = in_features, out_features, spec
+        codes = torch.zeros(out_features, spec.row_bytes(in_features), dtype=torch.uint8, device=device)
+        scales = torch.zeros(out_features, spec.num_groups(in_features), dtype=dtype, device=device)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.scales = nn.Parameter(scales, requires_grad=False)
+        custom = spec.table == CUSTOM_TABLE
+        table = torch.zeros(spec.table_shape) if custom else named_table(spec.table)
+        self.register_buffer("table", table.to(device=device, dtype=dtype), persistent=custom)
+        self.register_parameter("bias", nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        spec: QuantSpec,
+        *,
+        table: torch.Tensor | None = None,
+        scale: str = "absmax",
+        name: str = "linear",
+    ) -> LutLinear:
+        """Quantize a dense layer; the result lies on the same device with the same dtype and bias."""
+        weight = linear.weight.detach()
+        quantized = quantize(weight, spec, table=table, scale=scale, scale_dtype=weight.dtype, name=name)
+        made = cls(
+            linear.in_features, linear.out_features, spec,
+            bias=linear.bias is not None, device=weight.device, dtype=weight.dtype,
+        )  # fmt: skip
+        made.weight.data = pack_codes(quantized.codes, spec.code_bits)
+        made.scales.data = quantized.scales
+        made.table.copy_(resolve_table(spec, table))
+        if linear.bias is not None:
+            made.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=linear.bias.requires_grad)
+        return made.arrange()
+
+    # ---- forward ---------------------------------------------------------------------------------------------------
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., K) -> (..., N). Under autocast x is cast to the layer's dtype, as nn.Linear would."""
+        if x.dtype != self.scales.dtype and torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.scales.dtype)
+        return torch.ops.flute.lut_linear(
+            x, self.weight, self.scales, self.table, self.bias, self.out_features, self.spec.bits, self.spec.group_size
+        )
+
+    def dequantize(self) -> torch.Tensor:
+        """The weight (N, K) in the layer's dtype, as the kernels see it."""
+        return torch.ops.flute.dequantize(
+            self.weight, self.scales, self.table, self.out_features, self.in_features, self.spec.bits, self.spec.group_size
+        )
+
+    # ---- where the codes lie -----------------------------------------------------------------------------------------
+
+    @property
+    def in_kernel_order(self) -> bool:
+        """Whether codes and scales are arranged for the CUDA kernels."""
+        return self.weight.dim() == 3
+
+    def checkpoint_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes (N, row_bytes) and scales (N, G) in the checkpoint's order, whatever the order here."""
+        weight, scales = self.weight.detach(), self.scales.detach()
+        if not self.in_kernel_order:
+            return weight, scales
+        codes = layout.unpack_weight(weight, self.spec.bits, self.out_features, self.in_features)
+        return codes, layout.unpack_scales(scales, self.out_features)
+
+    def arrange(self) -> LutLinear:
+        """Put codes and scales into the order that suits their device; exact, and idempotent. Returns self."""
+        wanted = self.weight.is_cuda and layout.supports(self.spec, self.in_features)
+        if wanted and not self.in_kernel_order:
+            self.weight.data = layout.pack_weight(self.weight.data, self.spec.bits, self.in_features)
+            self.scales.data = layout.pack_scales(self.scales.data)
+        elif self.in_kernel_order and not wanted:
+            self.weight.data, self.scales.data = self.checkpoint_tensors()
+        return self
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LutLinear:
+        before = self.table.dtype
+        super()._apply(fn, recurse)
+        if self.table.dtype != before and self.spec.table != CUSTOM_TABLE and not self.table.is_meta:
+            # a named table is rounded once, from float32, not from one 16-bit type to the other
+            self.table = named_table(self.spec.table).to(device=self.table.device, dtype=self.table.dtype)
+        return self if self.weight.is_meta else self.arrange()
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.in_kernel_order:
+            destination[prefix + "weight"], destination[prefix + "scales"] = self.checkpoint_tensors()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if self.in_kernel_order:
+            self.weight.data, self.scales.data = self.checkpoint_tensors()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if not self.weight.is_meta:
+            self.arrange()
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, spec={self.spec}"
