@@ -90,7 +90,7 @@ def make_venv() -> None:
 def pip(*arguments: str) -> None:
     """pip install with the pins. They are for 3.11 and newer; some of those versions do not exist for 3.10."""
     pins = ["-c", "constraints.txt"] if sys.version_info >= (3, 11) else []
-    command = [PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *pins, *arguments]
+    command = [str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *pins, *arguments]
     if subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL).returncode:
         sys.exit(
             "dev.py: pip could not install the packages above; check the network and the disk (3 GB are needed), "
@@ -107,8 +107,11 @@ def demo(arguments: list[str]) -> None:
 def test(arguments: list[str]) -> None:
     """The test suite, in parallel unless told otherwise."""
     setup("test")
-    parallel = [] if any(word.startswith("-n") for word in arguments) else ["-n", "auto"]
-    run(PYTHON, "-m", "pytest", *parallel, *arguments)
+    if any(word.startswith("-n") for word in arguments):
+        run(PYTHON, "-m", "pytest", *arguments)
+    else:  # two threads a worker: threaded code is exercised, and the workers do not fight for the cores
+        threads = os.environ.get("OMP_NUM_THREADS", "2")
+        run(PYTHON, "-m", "pytest", "-n", "auto", *arguments, env={"OMP_NUM_THREADS": threads})
 
 
 def check(arguments: list[str]) -> None:
@@ -116,7 +119,7 @@ def check(arguments: list[str]) -> None:
     setup("dev")
     run(PYTHON, "-m", "ruff", "check", *arguments, ".")
     run(PYTHON, "-m", "ruff", "format", "--check", ".")
-    run(BIN / "lint-imports", "--no-cache")
+    run(BIN / "lint-imports", "--no-logo", "--no-cache")
     run(PYTHON, "-m", "mypy")
     run(PYTHON, "-m", "pytest", "-q", "-m", "not slow", "tests/test_house.py")
 
@@ -126,7 +129,7 @@ def wheel(arguments: list[str]) -> None:
     setup("dev")
     shutil.rmtree(ROOT / "dist", ignore_errors=True)
     with tempfile.TemporaryDirectory() as copy:
-        # Built from the sdist, so that a file missing there is noticed; without isolation, so that setuptools is pinned.
+        # Built from the sdist, to notice a file that is missing there; without isolation, to use the pinned setuptools.
         build = (PYTHON, "-m", "build", "--no-isolation", "--outdir", ROOT / "dist")
         run(*build, "--sdist", *arguments)
         (sdist,) = (ROOT / "dist").glob("*.tar.gz")
