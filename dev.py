@@ -90,12 +90,9 @@ def make_venv() -> None:
 def pip(*arguments: str) -> None:
     """pip install with the pins. They are for 3.11 and newer; some of those versions do not exist for 3.10."""
     pins = ["-c", "constraints.txt"] if sys.version_info >= (3, 11) else []
-    command = [str(PYTHON), "-m", "pip", "install", "-qq", "--disable-pip-version-check", *pins, *arguments]
-    if subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL).returncode:
-        sys.exit(
-            "dev.py: pip could not install the packages above; check the network and the disk (3 GB are needed), "
-            f"then run the same command again. If it goes on failing, remove {VENV} first."
-        )
+    command = [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check", *pins, *arguments]
+    if subprocess.run([*command, "-qq"], cwd=ROOT, stdin=subprocess.DEVNULL).returncode:
+        sys.exit(f"dev.py: pip failed; is there a network, and room on disk? See its whole story: {' '.join(command)}")
 
 
 def demo(arguments: list[str]) -> None:
