@@ -8,12 +8,25 @@ import os
 import sys
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+
+
+class AnyPython(bdist_wheel):
+    """The extension is loaded by ctypes and knows nothing of Python: one wheel per platform serves every version."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
 
 cpu_kernel = Extension(
     "flute.kernels._cpu",
     sources=["flute/kernels/_cpu.c"],
-    extra_compile_args=["/O2"] if sys.platform == "win32" else ["-O3"],
+    extra_compile_args=["/O2"] if sys.platform == "win32" else ["-O3", "-g0"],
+    extra_link_args=[] if sys.platform == "win32" else ["-pthread"],
     optional=True,
 )
 
-setup(ext_modules=[] if os.environ.get("FLUTE_PURE") == "1" else [cpu_kernel])
+setup(
+    cmdclass={"bdist_wheel": AnyPython},
+    ext_modules=[] if os.environ.get("FLUTE_PURE") == "1" else [cpu_kernel],
+)

@@ -205,7 +205,7 @@ def test_tools_and_main_dependencies_are_pinned_once() -> None:
 
 @pytest.mark.parametrize(
     ("environment", "tag"),
-    [({"FLUTE_PURE": "1"}, "py3-none-any"), ({"CC": "no-such-compiler"}, "")],
+    [({"FLUTE_PURE": "1"}, "py3-none-any"), ({"CC": "no-such-compiler"}, "py3-none-")],
     ids=["pure", "no-compiler"],
 )
 def test_wheel_holds_what_it_must(tmp_path: Path, environment: dict[str, str], tag: str) -> None:
