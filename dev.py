@@ -166,7 +166,8 @@ def main() -> None:
     """Pick the command; explain oneself if it is none of ours."""
     commands = {"demo": demo, "test": test, "check": check, "wheel": wheel, "setup": lambda _: setup("dev")}
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
-        sys.exit(__doc__)
+        print(__doc__)
+        sys.exit(0 if sys.argv[1:] in (["-h"], ["--help"]) else 2)
     try:
         commands[sys.argv[1]](sys.argv[2:])
     except KeyboardInterrupt:
