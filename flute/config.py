@@ -1,4 +1,4 @@
-"""`ModelSpec`: which layers of a model are quantized and how; the ``quantization_config`` in a checkpoint's config.json.
+"""`ModelSpec`: which layers of a model are quantized and how; the ``quantization_config`` in config.json.
 
 ::
 
@@ -195,8 +195,7 @@ class ModelSpec:
         if upstream:
             raise SpecError(
                 f"quantization_config has {', '.join(upstream)}: a checkpoint of the original FLUTE, packed for one "
-                "GPU; it must be converted first (flute.integrations.legacy, not part of this version), or quantize the "
-                "dense model anew"
+                "GPU; convert it first (flute.integrations.legacy, to come) or quantize the dense model"
             )
         method = values.get("quant_method")
         if method != QUANT_METHOD:

@@ -1,0 +1,317 @@
+"""transformers: ``FluteConfig`` and the quantizer behind ``quant_method: "flute"``.
+
+    AutoModelForCausalLM.from_pretrained(folder)                                            a quantized checkpoint
+    AutoModelForCausalLM.from_pretrained(dense, quantization_config=FluteConfig(bits=4))    quantize while loading
+    model.save_pretrained(folder)                                                           canonical bytes, any device
+
+Importing this module registers both with transformers; `flute._autoload` does so for users who never import flute.
+The heavy work is in `loading`, which is imported when a model is loaded and not before.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..config import QUANT_METHOD, ModelSpec
+from ..errors import CheckpointError, FluteError, IntegrationError, SpecError
+from ..quantize import SCALE_METHODS
+from ..spec import CUSTOM_TABLE, QuantSpec
+from ..tables import resolve_table
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class FluteConfig(QuantizationConfigMixin):
+    """How to quantize a model while loading it, and what a quantized checkpoint says about itself.
+
+    Args:
+        bits: 2, 3 or 4; or a whole `QuantSpec`, and then no other field of it.
+        group_size, table, vector_size: as in `QuantSpec`; ``table`` defaults to ``nf<bits>``.
+        overrides: pattern -> spec or changed fields, e.g. ``{"*.down_proj": {"bits": 3}}``. Patterns are exact names,
+            globs with ``*``, or ``re:`` and a regular expression (see `flute.config`).
+        modules_to_not_convert: patterns of layers left dense.
+        lm_head: quantize the output head too. If it shares its weight with the embedding it gets its own.
+        scale: ``"absmax"``, or ``"mse"`` for the scale of least squared error. Only for quantizing.
+        table_values: the custom table, ``(2**bits,)`` or ``(2**(2*bits), 2)`` numbers, when a spec says ``"custom"``.
+
+    Raises:
+        SpecError: a value breaks a rule.
+    """
+
+    quant_method: Any  # an enum of the methods transformers knows, or any other name
+
+    def __init__(
+        self,
+        bits: int | QuantSpec = 4,
+        group_size: int = 64,
+        table: str | None = None,
+        vector_size: int = 1,
+        *,
+        overrides: Mapping[str, Any] | None = None,
+        modules_to_not_convert: Sequence[str] | None = None,
+        lm_head: bool = False,
+        scale: str = "absmax",
+        table_values: Any = None,
+    ) -> None:
+        self.quant_method = QUANT_METHOD
+        if isinstance(bits, QuantSpec):
+            spec = bits
+        else:
+            values = {"bits": bits, "group_size": group_size, "vector_size": vector_size}
+            spec = QuantSpec.from_dict(values if table is None else {**values, "table": table})
+        changes = {
+            pattern: change.to_dict() if isinstance(change, QuantSpec) else change
+            for pattern, change in (overrides or {}).items()
+        }
+        self.record = ModelSpec(spec, changes, tuple(modules_to_not_convert or ()), lm_head)
+        if scale not in SCALE_METHODS:
+            raise SpecError(f"scale={scale!r} is unknown; use one of {', '.join(SCALE_METHODS)}")
+        self.scale = scale
+        self.table_values = None
+        if table_values is not None:
+            values_as_tensor = torch.as_tensor(table_values, dtype=torch.float32)
+            if spec.table == CUSTOM_TABLE:
+                resolve_table(spec, values_as_tensor)
+            self.table_values = values_as_tensor.tolist()
+
+    @property
+    def spec(self) -> QuantSpec:
+        """The spec of every layer without an override."""
+        return self.record.spec
+
+    @classmethod
+    def of(cls, record: ModelSpec) -> FluteConfig:
+        """The config that stands for ``record``."""
+        config = cls(record.spec)
+        config.record = record
+        return config
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """From the ``quantization_config`` of a config.json, strictly.
+
+        Raises:
+            SpecError: an unknown key, another version, a value out of its limits.
+        """
+        config = cls.of(ModelSpec.from_dict(config_dict))
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The ``quantization_config`` for config.json."""
+        return self.record.to_dict()
+
+    def __iter__(self) -> Any:
+        yield from self.to_dict().items()
+
+
+class FluteHfQuantizer(HfQuantizer):
+    """transformers calls these methods, in this order, while it loads a model; see `HfQuantizer` for the contract."""
+
+    requires_calibration = False
+    quantization_config: FluteConfig
+
+    def __init__(self, quantization_config: FluteConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._specs: dict[str, QuantSpec] = {}  # what will be LutLinears, by name
+        self._waiting: frozenset[str] = frozenset()  # parameters to quantize as they are loaded
+        self._tied_head: str | None = None  # an output head to quantize once it has its weight
+        self._unchecked: tuple[Any, Sequence[str]] | None = None
+        self._failures: list[FluteError] = []
+
+    # ---- what transformers asks ------------------------------------------------------------------------------------
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters train on top; the codes themselves do not."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """The operator is known to torch.compile."""
+        return True
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """``save_pretrained`` works."""
+        return True
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse what cannot work before anything is built."""
+        device_map = kwargs.get("device_map")
+        if not self.pre_quantized and isinstance(device_map, dict) and "disk" in device_map.values():
+            raise IntegrationError(
+                "device_map offloads to 'disk' while a dense model is quantized; quantize and save it first, then load "
+                "the result with this device_map"
+            )
+
+    def param_element_size(self, model: nn.Module, param_name: str, param: torch.Tensor) -> float:
+        """Bytes per element as it will be held: the size that ``device_map="auto"`` plans with."""
+        if param_name not in self._waiting:
+            return param.element_size()
+        spec = self._specs[param_name.removesuffix(".weight")]
+        return spec.bits_per_weight(param.shape[-1], 8 * param.element_size()) / 8
+
+    # ---- before the weights ----------------------------------------------------------------------------------------
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from . import loading, modules
+
+        record = self.quantization_config.record
+        if not self.pre_quantized:
+            modules.check_patterns(model, record)
+        choice = modules.choose(model, record)
+        if not choice.specs:
+            raise IntegrationError(f"{type(model).__name__} has no linear layer to quantize under this config")
+        self._check_tables(choice.specs)
+        self._specs = dict(choice.specs)
+        head = modules.output_head(model)
+        if head in self._specs and f"{head}.weight" in (getattr(model, "all_tied_weights_keys", None) or {}):
+            if self.pre_quantized:
+                raise CheckpointError(
+                    "config.json says lm_head: true and tie_word_embeddings: true; a quantized output head cannot "
+                    "share its weight with the embedding"
+                )
+            self._tied_head = head
+        placed = {name: spec for name, spec in self._specs.items() if name != self._tied_head}
+        loading.swap_linears(model, placed, pre_quantized=self.pre_quantized)
+        if self.pre_quantized:
+            self._unchecked = (model, kwargs.get("checkpoint_files") or ())
+        else:
+            self._waiting = frozenset(f"{name}.weight" for name in placed)
+            # a new config: the caller's own still has its patterns and may serve for another model
+            resolved = FluteConfig.of(record.resolved(self._specs, choice.dense))
+            resolved.scale, resolved.table_values = (
+                self.quantization_config.scale,
+                self.quantization_config.table_values,
+            )
+            self.quantization_config = resolved
+        return model
+
+    def _check_tables(self, specs: Mapping[str, QuantSpec]) -> None:
+        if self.pre_quantized:
+            return
+        for name, spec in specs.items():
+            if spec.table == CUSTOM_TABLE:
+                try:
+                    resolve_table(spec, self._table())
+                except SpecError as error:
+                    raise SpecError(f"layer {name!r}: {error}; give it as FluteConfig(table_values=...)") from None
+
+    def _table(self) -> torch.Tensor | None:
+        values = self.quantization_config.table_values
+        return None if values is None else torch.tensor(values)
+
+    def update_weight_conversions(self, weight_conversions: Any, *args: Any) -> Any:
+        """The first moment at which the loader's renamings are known: check the files, before memory is allocated."""
+        conversions = super().update_weight_conversions(weight_conversions, *args)
+        if self._unchecked is not None:
+            from . import loading
+
+            model, files = self._unchecked
+            self._unchecked = None
+            if files:  # none when the caller passes a state dict
+                loading.check_files(model, files, conversions)
+        return conversions
+
+    # ---- the weights -----------------------------------------------------------------------------------------------
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        """Whether this dense tensor is to be quantized."""
+        return param_name in self._waiting
+
+    def get_quantize_ops(self) -> Any:
+        """The op that does it."""
+        from .loading import Quantize
+
+        return Quantize(self.quantization_config.scale, self._table(), self._failures)
+
+    # ---- after the weights -----------------------------------------------------------------------------------------
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from ..linear import LutLinear
+        from . import loading
+
+        if self._failures:
+            raise self._failures[0]
+        if self._tied_head is not None:
+            self._quantize_tied_head(model, self._tied_head)
+        for name in self._specs:
+            layer = model.get_submodule(name)
+            assert isinstance(layer, LutLinear)
+            loading.finish_layer(name, layer)
+        return model
+
+    def _quantize_tied_head(self, model: Any, name: str) -> None:
+        from ..linear import LutLinear
+        from .hooks import attach_hook, release_hook
+
+        warnings.warn(
+            f"{name} shared its weight with the embedding; quantized it has its own, and the embedding stays dense "
+            "(tie_word_embeddings is now false)",
+            stacklevel=2,
+        )
+        head = model.get_submodule(name)
+        hook = release_hook(name, head)
+        spec = self._specs[name]
+        table = self._table() if spec.table == CUSTOM_TABLE else None
+        layer = LutLinear.from_linear(head, spec, table=table, scale=self.quantization_config.scale, name=name)
+        model.set_submodule(name, layer)
+        attach_hook(layer, hook)
+        for config in (model.config, model.config.get_text_config(decoder=True)):
+            config.tie_word_embeddings = False
+        model.all_tied_weights_keys.pop(f"{name}.weight", None)
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """``model.dequantize()``: every LutLinear becomes the nn.Linear it stands for."""
+        from ..linear import LutLinear
+        from .hooks import attach_hook, release_hook
+        from .loading import dense_linear
+
+        for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, LutLinear)]:
+            hook = release_hook(name, layer)
+            linear = dense_linear(layer, dtype)
+            model.set_submodule(name, linear)
+            attach_hook(linear, hook)
+        return model
+
+
+def register() -> None:
+    """Make transformers know ``quant_method: "flute"``. Does nothing the second time."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(QUANT_METHOD, FluteConfig)
+    AUTO_QUANTIZER_MAPPING.setdefault(QUANT_METHOD, FluteHfQuantizer)
+
+
+def from_pretrained(repo_id: str, **kwargs: Any) -> Any:
+    """Upstream FLUTE's documented loader: ``AutoModelForCausalLM.from_pretrained`` on a flute checkpoint.
+
+    Args:
+        repo_id: a folder or a hub id.
+        kwargs: passed on; ``example_batch_size`` is accepted and not needed, kernels are not tuned per batch size.
+
+    Raises:
+        IntegrationError: a checkpoint in upstream's own layout, which belongs to one GPU.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils.hub import cached_file
+
+    kwargs.pop("example_batch_size", None)
+    hub = {
+        key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if key in kwargs
+    }
+    legacy = cached_file(repo_id, "flute_config.json", _raise_exceptions_for_missing_entries=False, **hub)
+    if legacy is not None and not hasattr(AutoConfig.from_pretrained(repo_id, **hub), "quantization_config"):
+        raise IntegrationError(
+            f"{repo_id} is a checkpoint of the original FLUTE (flute_config.json, no quantization_config), packed for "
+            "one GPU; convert it first (flute.integrations.legacy, to come) or quantize the dense model"
+        )
+    return AutoModelForCausalLM.from_pretrained(repo_id, **kwargs)
+
+
+register()
