@@ -1,9 +1,9 @@
 """`LutLinear`: an nn.Linear whose weight is codes, scales and a table.
 
 It *is* an ``nn.Linear`` with a parameter called ``weight``, because that is what PEFT, accelerate and loaders look for;
-only the weight is uint8 codes and no gradient goes to it. On a GPU the codes and scales lie in kernel order, anywhere else
-in the checkpoint's order; moving the module converts them, and a state dict always shows the checkpoint's order, so
-what is saved never depends on where the model was.
+only the weight is uint8 codes and no gradient goes to it. On a GPU the codes and scales lie in kernel order, anywhere
+else in the checkpoint's order; moving the module converts them, and a state dict always shows the checkpoint's order,
+so what is saved never depends on where the model was.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .kernels import layout, ops
+from .kernels import layout, ops  # noqa: F401  (ops makes torch.ops.flute)
 from .packing import pack_codes
 from .quantize import quantize
 from .spec import CUSTOM_TABLE, QuantSpec
@@ -28,13 +28,15 @@ class LutLinear(nn.Linear):
         in_features, out_features: K and N, any sizes.
         spec: how W is stored.
         bias: whether there is a bias (N,).
-        device, dtype: as in nn.Linear; ``dtype`` is that of scales, table and bias (float16 or bfloat16; float32 on CPU).
+        device, dtype: as in nn.Linear; ``dtype`` is that of scales, table and bias (float16, bfloat16; on CPU float32).
 
     Attributes:
         weight: Parameter uint8, codes; (N, row_bytes) or, on CUDA, kernel order. Never trained.
         scales: Parameter (N, G) or, on CUDA, kernel order. Never trained by default.
         table: buffer of ``spec.table_shape``; saved only when it is a custom one.
     """
+
+    table: torch.Tensor
 
     # transformers' tensor-parallel wrapper hands this module plain local tensors instead of DTensors
     _hf_quantized_needs_local_tp = True
@@ -60,7 +62,9 @@ class LutLinear(nn.Linear):
         custom = spec.table == CUSTOM_TABLE
         table = torch.zeros(spec.table_shape) if custom else named_table(spec.table)
         self.register_buffer("table", table.to(device=device, dtype=dtype), persistent=custom)
-        self.register_parameter("bias", nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None)
+        self.register_parameter(
+            "bias", nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        )
 
     @classmethod
     def from_linear(
@@ -92,14 +96,22 @@ class LutLinear(nn.Linear):
         """(..., K) -> (..., N). Under autocast x is cast to the layer's dtype, as nn.Linear would."""
         if x.dtype != self.scales.dtype and torch.is_autocast_enabled(x.device.type):
             x = x.to(self.scales.dtype)
+        # under tensor parallelism these are this rank's rows and out_features is the sum over ranks
+        rows = self.out_features if self.in_kernel_order else self.weight.shape[0]
         return torch.ops.flute.lut_linear(
-            x, self.weight, self.scales, self.table, self.bias, self.out_features, self.spec.bits, self.spec.group_size
+            x, self.weight, self.scales, self.table, self.bias, rows, self.spec.bits, self.spec.group_size
         )
 
     def dequantize(self) -> torch.Tensor:
         """The weight (N, K) in the layer's dtype, as the kernels see it."""
         return torch.ops.flute.dequantize(
-            self.weight, self.scales, self.table, self.out_features, self.in_features, self.spec.bits, self.spec.group_size
+            self.weight,
+            self.scales,
+            self.table,
+            self.out_features,
+            self.in_features,
+            self.spec.bits,
+            self.spec.group_size,
         )
 
     # ---- where the codes lie -----------------------------------------------------------------------------------------
@@ -118,7 +130,12 @@ class LutLinear(nn.Linear):
         return codes, layout.unpack_scales(scales, self.out_features)
 
     def arrange(self) -> LutLinear:
-        """Put codes and scales into the order that suits their device; exact, and idempotent. Returns self."""
+        """Put codes and scales into the order that suits their device; exact, and idempotent. Returns self.
+
+        Parts of a tensor-parallel weight stay in the checkpoint's order, in which ranks can gather them for saving.
+        """
+        if hasattr(self.weight, "device_mesh"):  # a DTensor, whose module not every torch build has
+            return self
         wanted = self.weight.is_cuda and layout.supports(self.spec, self.in_features)
         if wanted and not self.in_kernel_order:
             self.weight.data = layout.pack_weight(self.weight.data, self.spec.bits, self.in_features)
@@ -148,4 +165,5 @@ class LutLinear(nn.Linear):
             self.arrange()
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, spec={self.spec}"
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, bias={self.bias is not None}, spec={self.spec}"

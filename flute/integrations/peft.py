@@ -1,0 +1,89 @@
+"""PEFT: adapters train on a quantized model as they are; merging them into it needs a word from us.
+
+A stock ``LoraConfig`` accepts `LutLinear` because it is an nn.Linear, and ``merge_and_unload()`` would then add floats
+to packed codes, which torch refuses. Two ways to merge, both by decode, add, quantize again in the same spec:
+
+    merge_and_unload(peft_model)                     any LoRA model on top of LutLinears, however it was made
+    get_peft_model(model, mergeable(LoraConfig()))   PEFT's own peft_model.merge_and_unload() works
+
+Quantizing again rounds: the merged model is near the adapted one, not equal to it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_adapters_to_merge
+
+from ..errors import IntegrationError
+from ..linear import LutLinear
+from ..packing import pack_codes
+from ..quantize import quantize
+from ..spec import CUSTOM_TABLE
+
+
+class LutLoraLinear(LoraLinear):
+    """LoRA on a LutLinear, which can be merged and not unmerged."""
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapters to the decoded weight and quantize it again."""
+        names = check_adapters_to_merge(self, adapter_names)
+        if names:
+            _merge("LoRA layer", self, names)
+            self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Raises IntegrationError: what rounding took away does not come back."""
+        raise IntegrationError("a quantized layer cannot be unmerged; load the checkpoint and the adapter again")
+
+
+def mergeable(config: LoraConfig) -> LoraConfig:
+    """Make ``config`` use `LutLoraLinear` for quantized layers. Returns the same config."""
+    config._register_custom_module({LutLinear: LutLoraLinear})
+    return config
+
+
+def merge_and_unload(peft_model: Any, adapter_names: Sequence[str] | None = None) -> Any:
+    """Merge LoRA adapters into quantized (and dense) layers and return the model without PEFT.
+
+    Args:
+        peft_model: what ``get_peft_model`` or ``PeftModel.from_pretrained`` returned.
+        adapter_names: which adapters; default the active ones.
+
+    Raises:
+        IntegrationError: a variant of LoRA (DoRA, a bias of its own) that is no plain product A B.
+    """
+    warnings.warn("merging quantizes the layers again, which rounds; measure the merged model", stacklevel=2)
+    for name, layer in peft_model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        if isinstance(layer.get_base_layer(), LutLinear):
+            names = check_adapters_to_merge(layer, list(adapter_names) if adapter_names else None)
+            _merge(name, layer, names)
+        else:
+            layer.merge(adapter_names=list(adapter_names) if adapter_names else None)
+    return peft_model.unload()
+
+
+@torch.no_grad()
+def _merge(name: str, lora: Any, adapters: Sequence[str]) -> None:
+    base = lora.get_base_layer()
+    weight = base.dequantize().float()
+    for adapter in adapters:
+        if adapter not in lora.lora_A:
+            continue
+        if adapter in lora.lora_variant or lora.lora_bias.get(adapter):
+            raise IntegrationError(
+                f"layer {name!r}: adapter {adapter!r} is not plain LoRA and cannot be merged into codes"
+            )
+        weight += lora.get_delta_weight(adapter).to(weight)
+    table = base.table.float() if base.spec.table == CUSTOM_TABLE else None
+    made = quantize(weight, base.spec, table=table, scale_dtype=base.scales.dtype, name=name)
+    base.weight.data, base.scales.data = pack_codes(made.codes, base.spec.code_bits), made.scales
+    base.arrange()
