@@ -1,6 +1,6 @@
 """Upstream FLUTE's documented way in, under its own names: ``prepare_model_flute`` and the command
 
-    python -m flute.integrations.base --pretrained_model_name_or_path M --save_directory OUT --num_bits 4 --group_size 64
+  python -m flute.integrations.base --pretrained_model_name_or_path M --save_directory OUT --num_bits 4 --group_size 32
 
 Tables are NormalFloat (nf2, nf3, nf4), as they were there. New code says ``FluteConfig`` or ``flute quantize`` instead.
 """
@@ -70,8 +70,8 @@ def prepare_model_flute(
         if type(child).__module__.startswith("bitsandbytes"):
             if prepare_bnb_layers:
                 raise IntegrationError(
-                    f"layer {full_name!r} is a bitsandbytes {type(child).__name__}, which cannot be converted yet; load "
-                    "the model without bitsandbytes, or pass prepare_bnb_layers=False to leave such layers as they are"
+                    f"layer {full_name!r} is a bitsandbytes {type(child).__name__}, which cannot be converted yet; "
+                    "load the model without bitsandbytes, or pass prepare_bnb_layers=False to leave such layers as they are"
                 )
             continue
         if type(child) is not nn.Linear or not child_name:

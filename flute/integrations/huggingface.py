@@ -77,7 +77,7 @@ class FluteConfig(QuantizationConfigMixin):
         self.scale = scale
         self.table_values = None
         if table_values is not None:
-            values_as_tensor = torch.as_tensor(table_values, dtype=torch.float32)
+            values_as_tensor = torch.as_tensor(table_values, dtype=torch.float32, device="cpu")
             if spec.table == CUSTOM_TABLE:
                 resolve_table(spec, values_as_tensor)
             self.table_values = values_as_tensor.tolist()
@@ -206,7 +206,7 @@ class FluteHfQuantizer(HfQuantizer):
 
     def _table(self) -> torch.Tensor | None:
         values = self.quantization_config.table_values
-        return None if values is None else torch.tensor(values)
+        return None if values is None else torch.tensor(values, device="cpu")  # a meta device is in force
 
     def update_weight_conversions(self, weight_conversions: Any, *args: Any) -> Any:
         """The first moment at which the loader's renamings are known: check the files, before memory is allocated."""
