@@ -112,7 +112,7 @@ def test_each_family_loads_generates_and_reloads(family: str, tmp_path: Path) ->
     assert torch.equal(model.generate(prompt(), **keywords), again.generate(prompt(), **keywords))
 
 
-# ---- quantize while loading --------------------------------------------------------------------------------------------
+# ---- quantize while loading ------------------------------------------------------------------------------------------
 
 PAIRS = torch.randn(16, 2, generator=torch.Generator().manual_seed(1)).tolist()
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -195,7 +195,7 @@ def test_weights_that_cannot_be_quantized_are_named(tmp_path: Path) -> None:
         load(tmp_path, quantization_config=FluteConfig())
 
 
-# ---- the output head ---------------------------------------------------------------------------------------------------
+# ---- the output head -------------------------------------------------------------------------------------------------
 
 
 def test_quantized_output_head(dense: str, tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
     assert again.lm_head.weight is again.model.embed_tokens.weight and equal_states(model, again)
 
 
-# ---- save and load -----------------------------------------------------------------------------------------------------
+# ---- save and load ---------------------------------------------------------------------------------------------------
 
 OFFLOAD = {
     **dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0"), "cpu"),
@@ -283,7 +283,7 @@ def test_compile_and_dequantize(quantized: Path) -> None:
     torch.testing.assert_close(plain(prompt()).logits, logits, rtol=1e-4, atol=1e-4)
 
 
-# ---- strict ------------------------------------------------------------------------------------------------------------
+# ---- strict ----------------------------------------------------------------------------------------------------------
 
 UP = "model.layers.0.mlp.up_proj"
 DAMAGES: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {

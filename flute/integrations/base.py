@@ -71,7 +71,7 @@ def prepare_model_flute(
             if prepare_bnb_layers:
                 raise IntegrationError(
                     f"layer {full_name!r} is a bitsandbytes {type(child).__name__}, which cannot be converted yet; "
-                    "load the model without bitsandbytes, or pass prepare_bnb_layers=False to leave such layers as they are"
+                    "load the model without bitsandbytes, or pass prepare_bnb_layers=False to leave such layers alone"
                 )
             continue
         if type(child) is not nn.Linear or not child_name:
@@ -159,8 +159,9 @@ def quantize_hf_model(
     try:
         model.save_pretrained(partial)
         _save_tokenizer(pretrained_model_name_or_path, partial)
-        config = {"version": __version__, "num_bits": num_bits, "group_size": group_size}
-        (partial / "flute_config.json").write_text(json.dumps(config), encoding="utf-8")
+        if not fake:
+            config = {"version": __version__, "num_bits": num_bits, "group_size": group_size}
+            (partial / "flute_config.json").write_text(json.dumps(config), encoding="utf-8")
         partial.replace(target)
     except OSError as error:
         raise IntegrationError(f"{target} cannot be written: {error.strerror or error}") from error

@@ -1,0 +1,98 @@
+"""Stock PEFT on quantized models: training, saving adapters, merging."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import load, prompt, saved
+
+from flute import FluteConfig, LutLinear
+from flute.errors import IntegrationError
+
+peft = pytest.importorskip("peft")
+torch.set_num_threads(2)
+
+TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("peft")
+    load(saved(base / "dense"), quantization_config=FluteConfig(group_size=32)).save_pretrained(base / "quantized")
+    return base / "quantized"
+
+
+def adapted(folder: Path, *, mergeable: bool = False, **keywords: Any) -> Any:
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, task_type="CAUSAL_LM", **keywords)
+    if mergeable:
+        from flute.integrations.peft import mergeable as made_mergeable
+
+        config = made_mergeable(config)
+    return peft.get_peft_model(load(folder), config)
+
+
+def train(model: Any, steps: int = 8) -> list[float]:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=2e-2)
+    losses = []
+    for _ in range(steps):
+        loss = model(prompt(), labels=prompt()).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_lora_trains_saves_and_loads(folder: Path, tmp_path: Path) -> None:
+    model = adapted(folder)
+    base = model.get_base_model()
+    codes = base.model.layers[0].mlp.up_proj.base_layer.weight.clone()
+    losses = train(model)
+    assert losses[-1] < 0.8 * losses[0]
+    assert torch.equal(base.model.layers[0].mlp.up_proj.base_layer.weight, codes)
+    assert all("lora" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(load(folder), tmp_path)
+    assert torch.equal(again(prompt()).logits, model.eval()(prompt()).logits)
+
+
+def test_gradients_are_those_of_the_dense_model(folder: Path) -> None:
+    gradients = []
+    for model in (load(folder), load(folder).dequantize()):
+        embedded = model.get_input_embeddings()(prompt()).detach().requires_grad_()
+        model(inputs_embeds=embedded, labels=prompt()).loss.backward()
+        gradients.append(embedded.grad)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:merging quantizes")
+@pytest.mark.parametrize("own_class", [False, True])
+def test_merge(own_class: bool, folder: Path, tmp_path: Path) -> None:
+    from flute.integrations.peft import merge_and_unload
+
+    model = adapted(folder, mergeable=own_class)
+    train(model)
+    before = load(folder)(prompt()).logits
+    wanted = model.eval()(prompt()).logits
+    merged = model.merge_and_unload() if own_class else merge_and_unload(model)
+    assert isinstance(merged.model.layers[0].mlp.up_proj, LutLinear)
+    assert not any("lora" in name for name, _ in merged.named_modules())
+    found = merged(prompt()).logits
+    assert (found - wanted).norm() < 0.5 * (before - wanted).norm()  # rounded again, but much nearer than without
+    merged.save_pretrained(tmp_path)
+    assert torch.equal(load(tmp_path)(prompt()).logits, found)
+
+
+@pytest.mark.filterwarnings("ignore:merging quantizes")
+def test_what_cannot_be_merged_is_refused(folder: Path) -> None:
+    from flute.integrations.peft import merge_and_unload
+
+    model = adapted(folder, lora_bias=True)
+    with pytest.raises(IntegrationError, match="not plain LoRA"):
+        merge_and_unload(model)
+    layer = adapted(folder, mergeable=True).base_model.model.model.layers[0].mlp.up_proj
+    with pytest.raises(IntegrationError, match="cannot be unmerged"):
+        layer.unmerge()
