@@ -1,0 +1,5 @@
+"""``python -m flute`` is ``flute``."""
+
+from flute.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""The commands of the command line, one a file. Heavy imports happen inside the functions."""
