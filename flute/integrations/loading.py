@@ -232,8 +232,9 @@ def finish_layer(name: str, layer: LutLinear) -> None:
     if layer.spec.table != CUSTOM_TABLE and not layer.table.is_meta:
         layer.table = named_table(layer.spec.table).to(device=layer.table.device, dtype=layer.scales.dtype)
     if isinstance(layer.weight, DTensor):
-        if _local(layer.scales).shape[1] != layer.spec.num_groups(layer.in_features):
-            _check_shard(name, layer, _local(layer.weight).shape[1] * 8 // layer.spec.bits, layer.weight)
+        row_bytes = _local(layer.weight).shape[1]
+        if row_bytes != layer.spec.row_bytes(layer.in_features):
+            _check_shard(name, layer, row_bytes * 8 // layer.spec.bits, layer.weight)
     elif not layer.weight.is_meta:  # an offloaded layer comes to the device in the checkpoint's order, call by call
         for part in ("scales", "table"):
             if not bool(torch.isfinite(getattr(layer, part)).all()):

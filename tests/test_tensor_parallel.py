@@ -1,0 +1,65 @@
+"""Two processes on the CPU share a model as transformers shares it: same results, same files, clear refusals."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from tiny_models import equal_states, load, prompt, saved
+
+from flute import FluteConfig
+from flute.errors import IntegrationError
+
+SHARE = {"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 8, "vocab_size": 98}
+
+
+def rank_main(folder: Path) -> None:
+    """What each process does."""
+    from transformers.distributed import DistributedConfig
+
+    torch.set_num_threads(1)
+    plan = {"distributed_config": DistributedConfig(tp_plan="auto")}
+    whole = load(folder / "quantized")
+    expected = whole(prompt()).logits
+    for source, config in (("quantized", None), ("dense", FluteConfig(bits=3, group_size=16))):
+        keywords = {} if config is None else {"quantization_config": config}
+        model = load(folder / source, **plan, **keywords)
+        up, down = model.model.layers[0].mlp.up_proj, model.model.layers[0].mlp.down_proj
+        assert up.weight.to_local().shape == (80, 36) and down.weight.to_local().shape == (96, 30)
+        with torch.no_grad():
+            torch.testing.assert_close(model(prompt()).logits, expected, rtol=1e-4, atol=1e-4)
+        model.save_pretrained(folder / f"saved {source}")
+        dist.barrier()
+        assert equal_states(load(folder / f"saved {source}"), whole)
+    with pytest.raises(IntegrationError, match="do not hold whole groups"):
+        load(folder / "dense", quantization_config=FluteConfig(group_size=-1), **plan)
+    with pytest.raises(IntegrationError, match="do not hold whole groups"):
+        load(folder / "wide groups", **plan)
+    dist.barrier()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
+def test_two_ranks(tmp_path: Path) -> None:
+    dense = saved(tmp_path / "dense", "Qwen2", **SHARE)
+    load(dense, quantization_config=FluteConfig(bits=3, group_size=16)).save_pretrained(tmp_path / "quantized")
+    load(dense, quantization_config=FluteConfig(bits=3, group_size=64)).save_pretrained(tmp_path / "wide groups")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    root = Path(__file__).resolve().parent.parent
+    paths = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [*launcher, __file__, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+if __name__ == "__main__":
+    rank_main(Path(sys.argv[1]))
