@@ -1,8 +1,8 @@
 """Codes to bytes on disk, and back: exact inverses.
 
-A row of codes is a dense little-endian bit stream along K: code j occupies bits [j*B, (j+1)*B) of its row, where bit i is
-bit ``i % 8`` of byte ``i // 8`` and B is the width of a code. Eight codes therefore fill exactly B bytes, so a row can be
-cut at any multiple of 8 codes without unpacking; the last byte of a row is padded with zero bits.
+A row of codes is a dense little-endian bit stream along K: code j occupies bits [j*B, (j+1)*B) of its row, where bit i
+is bit ``i % 8`` of byte ``i // 8`` and B is the width of a code. Eight codes therefore fill exactly B bytes, so a row
+can be cut at any multiple of 8 codes without unpacking; the last byte of a row is padded with zero bits.
 
 This layout belongs to no GPU: every kernel makes its own order from it at load time (`flute.kernels.layout`).
 """

@@ -84,7 +84,9 @@ def _decode(codes: torch.Tensor, scale: torch.Tensor, table: torch.Tensor) -> to
     return values * scale.unsqueeze(-1)
 
 
-def _searched_scale(grouped: torch.Tensor, covering: torch.Tensor, table: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _searched_scale(
+    grouped: torch.Tensor, covering: torch.Tensor, table: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
     best = _round_scale(covering, dtype)
     least = torch.full_like(covering, float("inf"))
     for share in _MSE_FAN:
@@ -145,13 +147,15 @@ def quantize(
         scale_dtype = weight.dtype if weight.dtype in (torch.float16, torch.bfloat16) else torch.float16
     # The kernels see the table in the activation dtype: choose codes among the values that will be used.
     values = values.to(scale_dtype).to(torch.float32)
-    rows, width = weight.shape
+    width = weight.shape[1]
     codes, scales = [], []
     for part in weight.split(max(1, _ROWS_AT_ONCE_ELEMENTS // width)):
         grouped = _grouped(part, spec.group(width))
         covering = _covering_scale(grouped, values)
-        chosen = _round_scale(covering, scale_dtype) if scale == "absmax" else _searched_scale(
-            grouped, covering, values, scale_dtype
+        chosen = (
+            _round_scale(covering, scale_dtype)
+            if scale == "absmax"
+            else _searched_scale(grouped, covering, values, scale_dtype)
         )
         index = _nearest(grouped, chosen.to(torch.float32), values).flatten(1)[:, : spec.row_codes(width)]
         codes.append(index.to(torch.uint8))

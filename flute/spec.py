@@ -57,9 +57,11 @@ class QuantSpec:
         if _whole("vector_size", self.vector_size) not in (1, 2):
             raise SpecError(f"vector_size={self.vector_size} is not supported; use 1 or 2")
         if not isinstance(self.table, str) or self.table not in (*NAMED_TABLES, CUSTOM_TABLE):
-            raise SpecError(f"table={self.table!r} is unknown; use one of {', '.join(NAMED_TABLES)} or {CUSTOM_TABLE!r}")
+            names = ", ".join(NAMED_TABLES)
+            raise SpecError(f"table={self.table!r} is unknown; use one of {names} or {CUSTOM_TABLE!r}")
         if self.table != CUSTOM_TABLE and int(self.table[-1]) != self.bits:
-            raise SpecError(f"table={self.table!r} does not have bits={self.bits}; use table={self.table[:-1]}{self.bits}")
+            fitting = f"{self.table[:-1]}{self.bits}"
+            raise SpecError(f"table={self.table!r} does not have bits={self.bits}; use table={fitting}")
         if self.vector_size == 2 and self.table != CUSTOM_TABLE:
             raise SpecError(f"table={self.table!r} holds single values; vector_size=2 needs table={CUSTOM_TABLE!r}")
         if self.vector_size == 2 and self.group_size > 0 and self.group_size % 2:
@@ -103,7 +105,8 @@ class QuantSpec:
             raise SpecError(f"layer {name!r}: weight ({out_features}, {in_features}) is empty; nothing to quantize")
         if in_features % self.vector_size:
             raise SpecError(
-                f"layer {name!r}: in_features={in_features} is odd; vector_size=2 needs an even number, use vector_size=1"
+                f"layer {name!r}: in_features={in_features} is odd; vector_size=2 needs an even number, "
+                "use vector_size=1"
             )
 
     # ---- JSON ------------------------------------------------------------------------------------------------------

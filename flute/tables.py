@@ -91,13 +91,15 @@ def resolve_table(spec: QuantSpec, table: torch.Tensor | None = None) -> torch.T
     """
     if spec.table != CUSTOM_TABLE:
         if table is not None:
-            raise SpecError(f"table={spec.table!r} is a named table; set table={CUSTOM_TABLE!r} to pass your own tensor")
+            raise SpecError(f"table={spec.table!r} is a named table; use {CUSTOM_TABLE!r} to pass your own tensor")
         return named_table(spec.table)
     if table is None:
         raise SpecError(f"table={CUSTOM_TABLE!r} needs a tensor of shape {spec.table_shape}; pass table=...")
     if tuple(table.shape) != spec.table_shape:
-        raise SpecError(f"custom table has shape {tuple(table.shape)}; {spec.bits} bits with vector_size={spec.vector_size} "
-                        f"need {spec.table_shape}")
+        raise SpecError(
+            f"custom table has shape {tuple(table.shape)}; bits={spec.bits} with vector_size={spec.vector_size} "
+            f"needs {spec.table_shape}"
+        )
     if not table.is_floating_point() or not bool(torch.isfinite(table).all()):
         raise SpecError(f"custom table ({table.dtype}) must hold finite floating-point values")
     if not bool((table != 0).any()):

@@ -8,26 +8,30 @@ four pairs of weights, a pair being two neighbours along K::
     register r = 2 rh + h      row = g + 8 h      k = 4 i + 2 rh + {0, 1}   from the lane's own 8 positions
 
 The order of K inside a step is free as long as x is permuted alike, so within each block of 32 k lane t owns the eight
-*consecutive* positions 8 t .. 8 t + 7 and the block takes two steps i = 0, 1: a lane then loads its activations as one
-16-byte vector. A **chunk** is 16 rows times 64 k (4 bit) or 128 k (3 and 2 bit): what one warp takes in one go, 16 bytes
-per lane (24 at 3 bit). Chunks of a row tile follow one another along K, row tiles along N::
+*consecutive* positions 8 t .. 8 t + 7 and the block takes two steps i = 0, 1: a lane loads its activations as one
+16-byte vector. A **chunk** is 16 rows times 128 k, what one warp takes in one go: 32, 24 or 16 bytes per lane. Chunks of
+a row tile follow one another along K, row tiles along N::
 
-    packed uint8 (ceil(N / 16), ceil(K / chunk_k), chunk_bytes)        scales (ceil(N / 16), G, 16)
+    packed uint8 (ceil(N / 16), ceil(K / 128), chunk_bytes)        scales (ceil(N / 16), G, 16)
 
-Pair number ``q = ((s * 2 + i) * 2 + rh) * 2 + h`` of a lane, s the block of 32, is a field of 2 * bits bits in the lane's
-32-bit words. Its value *is* the index into the pair table (both codes of the pair, low one first), which is also the code
-of a two-dimensional codebook: scalar and vector tables are one thing here.
+Within a chunk lie the first four words of all lanes, 16 bytes each, then the words that remain of all lanes.
 
-    4 bit   4 words, 4 pairs each, byte q % 4 of word q / 4
-    3 bit   6 words, 5 pairs each in bits 0..29; pairs 30 and 31 are made of the top two bits of words 0,1,2 and 3,4,5
-    2 bit   4 words; the pairs rh = 0, 1 of one row share a byte, since one 8-byte lookup decodes all four weights
+Pair number ``q = ((s * 2 + i) * 2 + rh) * 2 + h`` of a lane, s the block of 32, is a field of 2 * bits bits in the
+lane's 32-bit words. Its value *is* the index into the pair table (both codes of the pair, low one first), which is also
+the code of a two-dimensional codebook: scalar and vector tables are one thing here. Fields begin at bit 7 and run round
+the word, because a table entry takes 128 bytes: the first field of a word is then a table offset without a shift.
+
+    4 bit   8 words, 4 fields each at bits 7, 15, 23, 31 (the last one goes on at bit 0)
+    3 bit   6 words, 5 fields each at bits 7, 13, 19, 25, 31; the two bits left over at 5 in words 0, 1, 2 make pair 30,
+            those in words 3, 4, 5 pair 31
+    2 bit   4 words of 4 bytes as at 4 bit; a byte holds the pairs rh = 0, 1 of one row, one 8-byte lookup decodes both
 
 The scales of a row tile lie as (group, g, h), so that a lane reads the scales of rows g and g + 8 as one 32-bit word.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -35,20 +39,16 @@ from ..packing import pack_codes, unpack_codes
 from ..spec import QuantSpec
 
 TILE_ROWS = 16
-LAYOUT_VERSION = 1  # part of every kernel's cache key: change it with any change of order
+CHUNK_K = 128
+LAYOUT_VERSION = 2  # part of every kernel's cache key: change it with any change of order
 _BLOCK_K = 32
-_CHUNK_K = {4: 64, 3: 128, 2: 128}
-_LANE_WORDS = {4: 4, 3: 6, 2: 4}
+_LANE_WORDS = {4: 8, 3: 6, 2: 4}
+_FIRST_BIT = 7  # log2 of the bytes of a table entry
 _SLICE_WEIGHTS = 1 << 24  # packing works on slices of rows: int64 scratch stays near 128 MB
 
 
-def chunk_k(bits: int) -> int:
-    """Positions along K of one chunk."""
-    return _CHUNK_K[bits]
-
-
 def chunk_bytes(bits: int) -> int:
-    """Bytes of one chunk: 32 lanes of 4 or 6 words."""
+    """Bytes of one chunk: 32 lanes of 8, 6 or 4 words."""
     return 32 * 4 * _LANE_WORDS[bits]
 
 
@@ -58,22 +58,39 @@ def supports(spec: QuantSpec, in_features: int) -> bool:
     return group == in_features or group % _BLOCK_K == 0
 
 
-@lru_cache(maxsize=None)
-def _fields(bits: int) -> tuple[tuple[tuple[int, int, int, int], ...], ...]:
-    """For every pair q of a lane: the pieces (word, shift in word, width, shift in the pair's value) it is made of."""
-    width, pairs = 2 * bits, _CHUNK_K[bits] // 4
+Piece = tuple[int, int, int, int]  # (word, first bit, width, where it goes in the value); bits run round the word
+
+
+@cache
+def _fields(bits: int) -> tuple[tuple[Piece, ...], ...]:
+    """For every pair q of a lane: the pieces its value is made of."""
+    width = 2 * bits
+
+    def at(word: int, bit: int) -> tuple[Piece, ...]:
+        return ((word, (_FIRST_BIT + bit) % 32, width, 0),)
+
     if bits == 4:
-        return tuple(((q // 4, 8 * (q % 4), width, 0),) for q in range(pairs))
+        return tuple(at(q // 4, 8 * (q % 4)) for q in range(32))
     if bits == 3:
-        whole = [((q // 5, 6 * (q % 5), width, 0),) for q in range(30)]
-        spread = [tuple((3 * half + i, 30, 2, 2 * i) for i in range(3)) for half in range(2)]
-        return (*whole, *spread)
+        whole = [at(q // 5, 6 * (q % 5)) for q in range(30)]
+        return (*whole, *(tuple((3 * half + i, 5, 2, 2 * i) for i in range(3)) for half in range(2)))
     fields = []
-    for q in range(pairs):
+    for q in range(32):
         step, rh, h = q // 4, q // 2 % 2, q % 2
         byte = 2 * step + h
-        fields.append(((byte // 4, 8 * (byte % 4) + 4 * rh, width, 0),))
+        fields.append(at(byte // 4, 8 * (byte % 4) + 4 * rh))
     return tuple(fields)
+
+
+def _straight(pieces: tuple[Piece, ...]) -> list[Piece]:
+    """The same pieces, those that run over the end of a word cut in two."""
+    cut: list[Piece] = []
+    for word, first, width, low in pieces:
+        here = min(width, 32 - first)
+        cut.append((word, first, here, low))
+        if here < width:
+            cut.append((word, 0, width - here, low + here))
+    return cut
 
 
 def _pairs_of_rows(weight: torch.Tensor, bits: int, in_features: int) -> torch.Tensor:
@@ -85,14 +102,14 @@ def _pairs_of_rows(weight: torch.Tensor, bits: int, in_features: int) -> torch.T
 
 def _to_words(pairs: torch.Tensor, bits: int) -> torch.Tensor:
     """Pairs (16 * T, C * chunk_k / 2) -> words int64 (T, C, 32 lanes, lane_words)."""
-    tiles, chunks = pairs.shape[0] // TILE_ROWS, 2 * pairs.shape[1] // _CHUNK_K[bits]
-    blocks = _CHUNK_K[bits] // _BLOCK_K
+    tiles, chunks = pairs.shape[0] // TILE_ROWS, 2 * pairs.shape[1] // CHUNK_K
+    blocks = CHUNK_K // _BLOCK_K
     # (tile, h, g, chunk, s, t, i, rh) -> (tile, chunk, g, t, s, i, rh, h)
     ordered = pairs.view(tiles, 2, 8, chunks, blocks, 4, 2, 2).permute(0, 3, 2, 5, 4, 6, 7, 1)
     lanes = ordered.reshape(tiles, chunks, 32, -1).to(torch.int64)
     words = torch.zeros(tiles, chunks, 32, _LANE_WORDS[bits], dtype=torch.int64, device=pairs.device)
     for q, pieces in enumerate(_fields(bits)):
-        for word, shift, width, low in pieces:
+        for word, shift, width, low in _straight(pieces):
             words[..., word] |= ((lanes[..., q] >> low) & ((1 << width) - 1)) << shift
     return words
 
@@ -100,16 +117,16 @@ def _to_words(pairs: torch.Tensor, bits: int) -> torch.Tensor:
 def _from_words(words: torch.Tensor, bits: int) -> torch.Tensor:
     """The inverse of `_to_words`."""
     tiles, chunks = words.shape[:2]
-    blocks = _CHUNK_K[bits] // _BLOCK_K
-    lanes = torch.zeros(tiles, chunks, 32, _CHUNK_K[bits] // 4, dtype=torch.int64, device=words.device)
+    blocks = CHUNK_K // _BLOCK_K
+    lanes = torch.zeros(tiles, chunks, 32, CHUNK_K // 4, dtype=torch.int64, device=words.device)
     for q, pieces in enumerate(_fields(bits)):
-        for word, shift, width, low in pieces:
+        for word, shift, width, low in _straight(pieces):
             lanes[..., q] |= ((words[..., word] >> shift) & ((1 << width) - 1)) << low
     ordered = lanes.view(tiles, chunks, 8, 4, blocks, 2, 2, 2).permute(0, 7, 2, 1, 4, 3, 5, 6)
     return ordered.reshape(tiles * TILE_ROWS, -1).to(torch.uint8)
 
 
-def _words_to_bytes(words: torch.Tensor, bits: int) -> torch.Tensor:
+def _words_to_bytes(words: torch.Tensor) -> torch.Tensor:
     """Words (T, C, 32, W) -> bytes (T, C, chunk_bytes): first four words of every lane, then the rest of every lane."""
     tiles, chunks = words.shape[:2]
     shifts = torch.arange(4, device=words.device) * 8
@@ -129,7 +146,7 @@ def _bytes_to_words(packed: torch.Tensor, bits: int) -> torch.Tensor:
 
 def packed_shape(out_features: int, in_features: int, bits: int) -> tuple[int, int, int]:
     """Shape of the packed codes of a (N, K) weight."""
-    return -(-out_features // TILE_ROWS), -(-in_features // _CHUNK_K[bits]), chunk_bytes(bits)
+    return -(-out_features // TILE_ROWS), -(-in_features // CHUNK_K), chunk_bytes(bits)
 
 
 def pack_weight(weight: torch.Tensor, bits: int, in_features: int) -> torch.Tensor:
@@ -137,22 +154,22 @@ def pack_weight(weight: torch.Tensor, bits: int, in_features: int) -> torch.Tens
     rows = weight.shape[0]
     tiles, chunks, size = packed_shape(rows, in_features, bits)
     packed = torch.empty(tiles, chunks, size, dtype=torch.uint8, device=weight.device)
-    width = chunks * _CHUNK_K[bits] // 2
-    step = max(1, _SLICE_WEIGHTS // (TILE_ROWS * chunks * _CHUNK_K[bits]))
+    width = chunks * CHUNK_K // 2
+    step = max(1, _SLICE_WEIGHTS // (TILE_ROWS * chunks * CHUNK_K))
     for first in range(0, tiles, step):
         count = min(step, tiles - first)
         part = weight[first * TILE_ROWS : (first + count) * TILE_ROWS]
         pairs = _pairs_of_rows(part, bits, in_features)
         pairs = torch.nn.functional.pad(pairs, (0, width - pairs.shape[1], 0, count * TILE_ROWS - part.shape[0]))
-        packed[first : first + count] = _words_to_bytes(_to_words(pairs, bits), bits)
+        packed[first : first + count] = _words_to_bytes(_to_words(pairs, bits))
     return packed
 
 
 def unpack_weight(packed: torch.Tensor, bits: int, out_features: int, in_features: int) -> torch.Tensor:
     """The exact inverse of `pack_weight`: kernel order -> checkpoint bytes uint8 (N, row_bytes)."""
-    tiles, chunks, _ = packed.shape
+    chunks = packed.shape[1]
     pairs_per_row, row_bytes = -(-in_features // 2), -(-in_features * bits // 8)
-    step = max(1, _SLICE_WEIGHTS // (TILE_ROWS * chunks * _CHUNK_K[bits]))
+    step = max(1, _SLICE_WEIGHTS // (TILE_ROWS * chunks * CHUNK_K))
     parts = []
     for part in packed.split(step):
         pairs = _from_words(_bytes_to_words(part, bits), bits)[:, :pairs_per_row].contiguous()
@@ -175,13 +192,16 @@ def unpack_scales(packed: torch.Tensor, out_features: int) -> torch.Tensor:
     return rows[:out_features].contiguous()
 
 
-def _extract(pieces: tuple[tuple[int, int, int, int], ...], up: int) -> str:
-    """C expression: the value made of ``pieces``, shifted left by ``up`` bits."""
+def _extract(pieces: tuple[Piece, ...]) -> str:
+    """C expression: the value made of ``pieces``, times the bytes of a table entry."""
     terms = []
-    for word, shift, width, low in pieces:
-        move = shift - low - up
-        moved = f"(w[{word}] >> {move})" if move >= 0 else f"(w[{word}] << {-move})"
-        terms.append(f"({moved} & 0x{((1 << width) - 1) << (low + up):x}u)")
+    for word, first, width, low in pieces:
+        right = first - low - _FIRST_BIT
+        if first + width > 32:  # only whole fields run round
+            moved = f"__funnelshift_l(w[{word}], w[{word}], {-right % 32})"
+        else:
+            moved = f"(w[{word}] >> {right})" if right > 0 else f"(w[{word}] << {-right})" if right else f"w[{word}]"
+        terms.append(f"({moved} & 0x{((1 << width) - 1) << (low + _FIRST_BIT):x}u)")
     return " | ".join(terms)
 
 
@@ -190,16 +210,17 @@ def device_header(bits: int) -> str:
 
     The table in shared memory holds each entry once per bank, 128 bytes an entry, so an offset is the index times 128.
     """
+    lookups: list[tuple[Piece, ...]]
     fields = _fields(bits)
     if bits == 2:  # one lookup per four weights: the two pairs that share a byte
         lookups = [((pieces[0][0], pieces[0][1], 8, 0),) for q, pieces in enumerate(fields) if q // 2 % 2 == 0]
     else:
         lookups = list(fields)
     lines = [
-        f"constexpr int CHUNK_K = {_CHUNK_K[bits]}, LANE_WORDS = {_LANE_WORDS[bits]}, CHUNK_BYTES = {chunk_bytes(bits)};",
-        f"constexpr int TILE_ROWS = {TILE_ROWS}, BLOCK_K = {_BLOCK_K}, LOOKUPS = {len(lookups)};",
+        f"constexpr int CHUNK_K = {CHUNK_K}, LANE_WORDS = {_LANE_WORDS[bits]}, CHUNK_BYTES = {chunk_bytes(bits)};",
+        f"constexpr int TILE_ROWS = {TILE_ROWS}, BLOCK_K = {_BLOCK_K};",
         "__device__ __forceinline__ unsigned lookup_offset(const unsigned (&w)[LANE_WORDS], int lookup) {",
         "  switch (lookup) {  // always a constant after unrolling",
     ]
-    lines += [f"    case {n}: return {_extract(pieces, 7)};" for n, pieces in enumerate(lookups)]
+    lines += [f"    case {n}: return {_extract(pieces)};" for n, pieces in enumerate(lookups)]
     return "\n".join([*lines, "  }", "  return 0;", "}", ""])

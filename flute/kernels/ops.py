@@ -2,11 +2,11 @@
 
     y (..., N) = x (..., K) . W^T + bias,     W = table[codes] * scales
 
-Codes and scales come in one of two layouts, told apart by their rank: the checkpoint's (uint8 (N, row_bytes) and (N, G))
-or, on CUDA, kernel order (uint8 (tiles, chunks, chunk_bytes) and (tiles, G, 16), see `layout`). Every M is one opaque
-operator call, so torch.compile, CUDA graphs and vLLM never see the choice of kernel inside:
+Codes and scales come in one of two layouts, told apart by their rank: the checkpoint's (uint8 (N, row_bytes) and
+(N, G)) or, on CUDA, kernel order (uint8 (tiles, chunks, chunk_bytes) and (tiles, G, 16), see `layout`). Every M is one
+opaque operator call, so torch.compile, CUDA graphs and vLLM never see the choice of kernel inside:
 
-* CUDA, M <= 64: the decode kernel (`cuda`). Above, or for specs the kernel does not take: dequantize, then torch's matmul.
+* CUDA, M <= 64: the decode kernel (`cuda`). Above, or for specs the kernel does not take: dequantize, then matmul.
 * CPU: the C kernel (`cpu`) for small M if it was built, else dequantize and matmul.
 
 Gradients flow to x (and bias) only: dx = dy . W. The codes are constants, so adapters such as LoRA train on top.
@@ -57,6 +57,7 @@ def _check_weight(
     if table.dim() == 2 and (k % 2 or (group_size > 0 and min(group_size, k) % 2)):
         _refuse(f"a table of pairs needs even K and group_size, got K={k}, group_size={group_size}")
     groups = 1 if group_size == -1 else -(-k // group_size)
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
     if weight.dim() == 3:
         shapes = (layout.packed_shape(n, k, bits), (-(-n // layout.TILE_ROWS), groups, layout.TILE_ROWS))
     else:
@@ -111,9 +112,7 @@ def _dequantize(
         return cuda.dequantize(weight, scales, table, out_features, in_features, bits, group_size)
     if not weight.is_cuda and cpu.available():
         group = in_features if group_size == -1 else min(group_size, in_features)
-        return cpu.dequantize(
-            weight, scales, table, in_features, bits=bits, group_size=group, vector_size=table.dim()
-        )
+        return cpu.dequantize(weight, scales, table, in_features, bits=bits, group_size=group, vector_size=table.dim())
     plain = _checkpoint_order(weight, scales, out_features, in_features, bits)
     return reference.decode(*plain, table, in_features, bits, group_size)
 
@@ -179,13 +178,14 @@ def _lut_linear_cuda(
     if m == 0:
         return x.new_empty(*x.shape[:-1], out_features)
     group = k if group_size == -1 else group_size
+    y = None
     if m <= DECODE_TOKENS and (group >= k or group % 32 == 0):
         from . import cuda
 
         if weight.dim() == 2:  # an offloaded layer, moved here for this call only
             weight, scales = layout.pack_weight(weight, bits, k), layout.pack_scales(scales)
         y = cuda.decode(flat, weight, scales, table, bias, out_features, bits, group_size)
-    else:
+    if y is None:
         y = _dense_path(flat, weight, scales, table, bias, out_features, bits, group_size)
     return y.view(*x.shape[:-1], out_features)
 
@@ -222,7 +222,7 @@ def _dequantize_fake(
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: torch.Tensor) -> None:
-    x, weight, scales, table, bias, out_features, bits, group_size = inputs
+    x, weight, scales, table, _bias, out_features, bits, group_size = inputs
     ctx.save_for_backward(weight, scales, table)
     ctx.sizes = (out_features, x.shape[-1], bits, group_size)  # type: ignore[attr-defined]
 

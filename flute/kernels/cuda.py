@@ -1,0 +1,198 @@
+"""The CUDA backend: launches the kernels of ``cuda/*.cu`` on torch's tensors and current stream.
+
+Nothing here synchronises with the host or keeps state between calls, so calls are safe on several streams and inside
+CUDA graphs: the only memory besides y is, on GPUs without clusters, a float32 workspace from torch's allocator.
+"""
+
+from __future__ import annotations
+
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+
+from ..errors import OperatorError
+from . import jit, layout, plan
+
+_MINIMUM_CAPABILITY = (8, 0)
+
+
+# ---- devices and kernels -------------------------------------------------------------------------------------------
+
+
+@cache
+def _core() -> Any:
+    return jit._import_core()[0]
+
+
+@lru_cache(maxsize=256)
+def _stream(handle: int) -> Any:
+    """cuda-core's view of a torch stream; torch keeps its streams for the life of the process."""
+    return _core().Stream.from_handle(handle)
+
+
+@cache
+def _arch(device: int) -> str:
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _MINIMUM_CAPABILITY:
+        raise OperatorError(
+            f"cuda:{device} ({torch.cuda.get_device_name(device)}) is sm_{capability[0]}{capability[1]}; "
+            "flute's kernels need sm_80 or newer, use the CPU there"
+        )
+    return f"sm_{capability[0]}{capability[1]}"
+
+
+@cache
+def _shared_bytes(device: int) -> int:
+    """Most shared memory of one block, in bytes."""
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stubs lack the field
+    return int(properties.shared_memory_per_block_optin)
+
+
+@cache
+def gpu(device: int) -> plan.Gpu:
+    """What `plan` needs to know of ``cuda:device``, asked once; clusters are asked of the driver, not assumed."""
+    properties = torch.cuda.get_device_properties(device)
+    arch, sms = _arch(device), properties.multi_processor_count
+    shared = _shared_bytes(device)
+    bare = plan.Gpu(sms, shared, arch, tuple((split, sms // split) for split in (1, 2, 4, 8)))
+    if not bare.has_clusters:
+        return bare
+    probe = plan.make(bare, 1, 4096, 4096, 4, 64)
+    assert probe is not None, "one token of K = 4096 fits on every GPU with clusters"
+    kernel, core = _kernel(device, "decode.cu", probe.macros(4, False), "lut_decode"), _core()
+    core.Device(device).set_current()  # torch makes its context current only with the first allocation
+    counts = [(1, sms)]
+    for split in (2, 4, 8):
+        config = core.LaunchConfig(grid=sms // split, cluster=split, block=512, shmem_size=shared - 1024)
+        counts.append((split, kernel.occupancy.max_active_clusters(config, stream=core.Device(device).default_stream)))
+    return plan.Gpu(sms, shared, arch, tuple(counts))
+
+
+@cache
+def _kernel(device: int, file: str, macros: tuple[tuple[str, int], ...], name: str) -> Any:
+    kernel = jit.load(file, macros, _arch(device), name)
+    if name == "lut_decode":  # more than 48 KiB of shared memory must be asked for
+        from cuda.bindings import driver
+
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        driver.cuKernelSetAttribute(attribute, _shared_bytes(device), kernel.handle, driver.CUdevice(device))
+    return kernel
+
+
+@cache
+def _config(grid: tuple[int, int], block: int, shared: int, cluster: int, overlap: bool) -> Any:
+    extra: dict[str, Any] = {}
+    if cluster > 1:  # cuda-core then counts the grid in clusters
+        extra["cluster"] = (cluster, 1)
+    if overlap:  # our prologue may run while the kernel before it drains; the kernel itself waits before it reads x
+        extra["programmatic_stream_serialization"] = True
+    return _core().LaunchConfig(grid=grid, block=block, shmem_size=shared, **extra)
+
+
+def _launch(device: torch.device, config: Any, kernel: Any, *arguments: int) -> None:
+    stream = torch.cuda.current_stream(device)
+    core = _core()
+    if device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            core.launch(_stream(stream.cuda_stream), config, kernel, *arguments)
+    else:
+        core.launch(_stream(stream.cuda_stream), config, kernel, *arguments)
+
+
+# ---- arguments -----------------------------------------------------------------------------------------------------
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """Contiguous and 16-byte aligned, by a copy if it must be."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def _group_magic(group: int, k: int) -> int:
+    """ceil(2**31 / (group / 32)): the kernel turns block numbers into groups by multiplication."""
+    blocks = -(-k // 32) if group >= k else group // 32
+    return -(-(1 << 31) // blocks)
+
+
+def _pointer(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+# ---- the two operators -----------------------------------------------------------------------------------------------
+
+
+def decode(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    table: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_features: int,
+    bits: int,
+    group_size: int,
+    *,
+    forced: plan.Plan | None = None,
+) -> torch.Tensor | None:
+    """y (M, N) of x (M, K), M small, codes and scales in kernel order; None when no plan fits (K beyond all bounds).
+
+    Args:
+        forced: run this plan instead of the chosen one (tests, tuning).
+    """
+    m, k = x.shape
+    n, device, bf16 = out_features, x.device, x.dtype == torch.bfloat16
+    group = k if group_size == -1 else min(group_size, k)
+    chosen = forced or plan.make(gpu(device.index), m, n, k, bits, group)
+    if chosen is None:
+        return None
+    x, weight, scales, table = _aligned(x), _aligned(weight), _aligned(scales), _aligned(table)
+    bias = None if bias is None else bias.contiguous()
+    y = torch.empty(m, n, dtype=x.dtype, device=device)
+    clusters = gpu(device.index).has_clusters
+    macros = chosen.macros(bits, bf16)
+    kernel = _kernel(device.index, "decode.cu", macros, "lut_decode")
+    cluster = chosen.split if clusters else 1
+    config = _config(
+        (chosen.clusters * (chosen.split // cluster), chosen.passes),
+        32 * chosen.warps,
+        chosen.shared_bytes,
+        cluster,
+        clusters,
+    )
+    partial = None
+    if chosen.split > 1 and not clusters:
+        partial = torch.empty(chosen.split, m, n, dtype=torch.float32, device=device)
+    _launch(
+        device, config, kernel, weight.data_ptr(), scales.data_ptr(), table.data_ptr(), int(table.dim() == 2),
+        x.data_ptr(), _pointer(bias), y.data_ptr(), _pointer(partial), m, n, k, scales.shape[1],
+        _group_magic(group, k), chosen.split, chosen.ways, chosen.pitch, chosen.tokens,
+    )  # fmt: skip
+    if partial is not None:
+        reduce = _kernel(device.index, "decode.cu", macros, "lut_reduce")
+        config = _config((-(-m * n // 256), 1), 256, 0, 1, False)
+        _launch(device, config, reduce, partial.data_ptr(), _pointer(bias), y.data_ptr(), m, n, chosen.split)
+    return y
+
+
+def dequantize(
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    table: torch.Tensor,
+    out_features: int,
+    in_features: int,
+    bits: int,
+    group_size: int,
+) -> torch.Tensor:
+    """W (N, K) from kernel order, in the scales' dtype (16 bits)."""
+    n, k, device = out_features, in_features, weight.device
+    group = k if group_size == -1 else min(group_size, k)
+    out = torch.empty(n, k, dtype=scales.dtype, device=device)
+    macros = (("BITS", bits), ("BF16", int(scales.dtype == torch.bfloat16)))
+    kernel = _kernel(device.index, "dequantize.cu", macros, "lut_dequantize")
+    tiles, chunks, _ = layout.packed_shape(n, k, bits)
+    config = _config((-(-tiles * chunks // 8), 1), 256, 0, 1, False)
+    _launch(
+        device, config, kernel, _aligned(weight).data_ptr(), _aligned(scales).data_ptr(), _aligned(table).data_ptr(),
+        int(table.dim() == 2), out.data_ptr(), n, k, scales.shape[1], _group_magic(group, k),
+    )  # fmt: skip
+    return out

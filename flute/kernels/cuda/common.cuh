@@ -1,0 +1,131 @@
+// What every kernel shares: 16-bit floats, asynchronous copies, tensor-core step, and the pair table in shared memory.
+// No header of the toolkit is included, so NVRTC needs nothing but itself. The host defines BITS and BF16 and puts the
+// layout's constants and lookup_offset() (flute/kernels/layout.py) in front of this text.
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+constexpr int TABLE_ENTRIES = BITS == 3 ? 64 : 256;  // pairs of codes; at 2 bits, pairs of pairs
+[[maybe_unused]] constexpr int TABLE_BYTES = TABLE_ENTRIES * 128;  // 128 bytes an entry: a copy for every bank
+
+__device__ __forceinline__ float wide(u16 value) {
+#if BF16
+  return __uint_as_float((u32)value << 16);
+#else
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value));
+  return result;
+#endif
+}
+
+__device__ __forceinline__ u16 narrow(float value) {
+  u16 result;
+#if BF16
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result) : "f"(value));
+#else
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result) : "f"(value));
+#endif
+  return result;
+}
+
+__device__ __forceinline__ u32 shared_address(const void* pointer) {
+  return (u32)__cvta_generic_to_shared(pointer);
+}
+
+// The 32-bit pair for pair index i: two scalars side by side, or one entry of a codebook of pairs.
+__device__ __forceinline__ u32 pair_value(const u16* table, bool vectors, u32 index) {
+  if (vectors) return ((const u32*)table)[index];
+  return (u32)table[index & ((1 << BITS) - 1)] | (u32)table[index >> BITS] << 16;
+}
+
+// Fill 128 bytes per entry: lane l later reads only from its own bank (32 copies of 4 bytes, or 16 copies of 8 at 2 bits),
+// so no two lanes ever collide whatever the codes are. An entry is one pair, or at 2 bits the two pairs that share a byte.
+// A scalar table is read from global memory once, by one load a lane, and passed between lanes.
+__device__ __forceinline__ void fill_table(u8* shared_table, const u16* table, bool vectors, int thread, int threads) {
+  constexpr int SCALARS = 1 << BITS;
+  u32 mine = vectors ? 0 : table[thread & (SCALARS - 1)];
+#pragma unroll 4
+  for (int i = thread; i < TABLE_ENTRIES * 8; i += threads) {  // whole warps: the trip count is the same for all lanes
+    u32 e = i >> 3, low, high;
+    if (vectors) {
+#if BITS == 2
+      low = ((const u32*)table)[e & 15], high = ((const u32*)table)[e >> 4];
+#else
+      low = high = ((const u32*)table)[e];
+#endif
+    } else {
+      low = __shfl_sync(~0u, mine, e & (SCALARS - 1)) | __shfl_sync(~0u, mine, e >> BITS & (SCALARS - 1)) << 16;
+#if BITS == 2
+      high = __shfl_sync(~0u, mine, e >> 4 & 3) | __shfl_sync(~0u, mine, e >> 6) << 16;
+#else
+      high = low;
+#endif
+    }
+    *(uint4*)(shared_table + i * 16) = make_uint4(low, high, low, high);
+  }
+}
+
+// One chunk of packed codes of a lane: 16 bytes, and the rest behind all lanes' first 16.
+__device__ __forceinline__ void load_words(u32 (&words)[LANE_WORDS], const u8* chunk, int lane) {
+  uint4 head = *(const uint4*)(chunk + lane * 16);
+  words[0] = head.x, words[1] = head.y, words[2] = head.z, words[3] = head.w;
+#if BITS == 4
+  uint4 tail = *(const uint4*)(chunk + 512 + lane * 16);
+  words[4] = tail.x, words[5] = tail.y, words[6] = tail.z, words[7] = tail.w;
+#elif BITS == 3
+  uint2 tail = *(const uint2*)(chunk + 512 + lane * 8);
+  words[4] = tail.x, words[5] = tail.y;
+#endif
+}
+
+// The A fragment of tensor-core step `step` of a lane's chunk: four pairs, by one (4, 3 bit) or half (2 bit) a lookup each.
+__device__ __forceinline__ void load_weights(u32 (&a)[4], const u32 (&words)[LANE_WORDS], int step, const u8* lane_table) {
+#if BITS == 2
+  uint2 low = *(const uint2*)(lane_table + lookup_offset(words, 2 * step));       // row g
+  uint2 high = *(const uint2*)(lane_table + lookup_offset(words, 2 * step + 1));  // row g + 8
+  a[0] = low.x, a[1] = high.x, a[2] = low.y, a[3] = high.y;
+#else
+#pragma unroll
+  for (int r = 0; r < 4; ++r) a[r] = *(const u32*)(lane_table + lookup_offset(words, 4 * step + r));
+#endif
+}
+
+// Where a lane's copy of the table begins.
+__device__ __forceinline__ const u8* lane_copy(const u8* shared_table, int lane) {
+  return shared_table + (BITS == 2 ? (lane & 15) * 8 : lane * 4);
+}
+
+__device__ __forceinline__ void tensor_step(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+#if BF16
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#else
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#endif
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Group that a block of 32 k belongs to: block / (group size / 32) by multiplication, magic = ceil(2^31 / divisor).
+__device__ __forceinline__ int group_of(int block, u32 magic, int groups) {
+  int group = (int)((u64)(u32)block * magic >> 31);
+  return group < groups ? group : groups - 1;  // blocks of padding beyond K
+}
+
+template <int BYTES>
+__device__ __forceinline__ void copy_async(u32 to, const void* from) {
+  if (BYTES == 16) asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+  else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(BYTES) : "memory");
+}
+
+__device__ __forceinline__ void copy_async_or_zero(u32 to, const void* from, bool inside) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0) : "memory");
+}
+
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int PENDING>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}

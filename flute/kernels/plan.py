@@ -1,0 +1,209 @@
+"""Problem and GPU -> launch plan of the decode kernel, by arithmetic alone: nothing is tuned, listed or stored.
+
+The kernel streams row tiles through the warps of persistent blocks (see ``cuda/decode.cu``). What a plan decides:
+
+* ``split``: into how many slices K is cut, one per block of a cluster. More slices make room for x in shared memory.
+* ``ways``: among how many warps of a block a slice is cut again. More ways balance few rows over many SMs.
+* ``rows``: units of ``row_tiles`` tiles that a block works on at once; a block has ``rows * ways`` warps.
+* ``passes``: rows of the grid, ``tokens`` tokens each.
+
+Plans are compared by an estimate of clock cycles: the chunks of the busiest warp, each at the rate of the SM's
+narrowest pipe or at the latency of one chunk, whichever is longer, plus what a round and a launch cost.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil
+
+from .layout import CHUNK_K, TILE_ROWS, chunk_bytes
+
+_TABLE_BYTES = {4: 32768, 3: 8192, 2: 32768}
+_SCALE_BYTES = 128
+_MAX_WARPS = {1: 16, 2: 12, 4: 8}  # by token tiles: more tokens need more registers a thread
+_ROW_TILES = {1: (1,), 2: (1, 2), 4: (1, 2)}
+_IN_FLIGHT_BYTES = (
+    40 * 1024
+)  # codes on their way per SM that saturate the memory (latency x bandwidth / SMs, and slack)
+MAX_IN_FEATURES = 1 << 20  # block and group arithmetic in the kernel is exact up to here
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """What a plan needs to know of a GPU.
+
+    Args:
+        sms: multiprocessors. shared_bytes: most shared memory of one block. arch: "sm_90".
+        clusters: (size, how many such clusters of blocks that fill an SM run at once); without clusters, size 1 to 8
+            stand for slices of the grid: (split, sms // split).
+        bytes_per_cycle: DRAM bytes per clock cycle and SM at the measured read ceiling.
+    """
+
+    sms: int
+    shared_bytes: int
+    arch: str
+    clusters: tuple[tuple[int, int], ...]
+    bytes_per_cycle: float = 13.5
+
+    @property
+    def has_clusters(self) -> bool:
+        """Blocks of a cluster can write into each other's shared memory (sm_90 and up)."""
+        return int(self.arch.removeprefix("sm_")) >= 90
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One launch of the decode kernel; every number the kernel and its launcher need."""
+
+    passes: int
+    tokens: int
+    token_tiles: int
+    row_tiles: int
+    rows: int
+    ways: int
+    split: int
+    stages: int
+    group_block: int
+    clusters: int
+    pitch: int
+    shared_bytes: int
+    cycles: float
+
+    @property
+    def warps(self) -> int:
+        """Warps per block."""
+        return self.rows * self.ways
+
+    def macros(self, bits: int, bf16: bool) -> tuple[tuple[str, int], ...]:
+        """The macros that select this plan's kernel."""
+        return decode_macros(bits, bf16, self.group_block, self.token_tiles, self.row_tiles, self.stages)
+
+
+def decode_macros(
+    bits: int, bf16: bool, group_block: int, token_tiles: int, row_tiles: int, stages: int
+) -> tuple[tuple[str, int], ...]:
+    """Macros of one variant of the decode kernel."""
+    return (
+        ("BITS", bits),
+        ("BF16", int(bf16)),
+        ("GROUP_BLOCK", group_block),
+        ("TOKEN_TILES", token_tiles),
+        ("ROW_TILES", row_tiles),
+        ("STAGES", stages),
+        ("MAX_THREADS", 32 * _MAX_WARPS[token_tiles]),
+    )
+
+
+def variants() -> list[tuple[tuple[str, int], ...]]:
+    """Every variant of the decode kernel that a plan can ask for (stages only change the size of the ring)."""
+    return [
+        decode_macros(bits, bf16, block, tiles, rows, 4)
+        for bits in (2, 3, 4)
+        for bf16 in (False, True)
+        for block in (32, 64, 128)
+        for tiles, choices in _ROW_TILES.items()
+        for rows in choices
+    ]
+
+
+def group_block(group: int, in_features: int) -> int:
+    """Positions that surely share a scale: 128 or 64 when groups are whole multiples of it, else 32."""
+    if group >= in_features:
+        return 128
+    return next(block for block in (128, 64, 32) if group % block == 0)
+
+
+def _stages(warps: int, slot: int) -> int:
+    """Ring slots per warp, so that all warps together keep enough bytes in flight."""
+    wanted = -(-_IN_FLIGHT_BYTES // (warps * slot)) + 1
+    return next((stages for stages in (3, 4, 6, 8) if stages >= wanted), 8)  # few choices: each is a kernel of its own
+
+
+def _step_cycles(gpu: Gpu, tokens: int, bits: int, block: int, token_tiles: int, row_tiles: int) -> tuple[float, float]:
+    """Cycles of one chunk step of one warp: its share of the SM's narrowest pipe, and its latency when alone.
+
+    Instructions, shared-memory wavefronts and bytes are counted from the kernel; the factors on them and on the latency
+    were fitted to 60 problems x 14 plans measured on one H100 (docs/kernel-log.md).
+    """
+    lookups = 32 if bits > 2 else 16
+    sets = CHUNK_K // block
+    issue = row_tiles * (2.8 * lookups + 8 * token_tiles + 4 * sets * token_tiles + 4 * sets) + 4 * token_tiles
+    shared = row_tiles * (32 + chunk_bytes(bits) / 64 + 2 * sets) + 2 * min(tokens, 8 * token_tiles)
+    tensor = row_tiles * token_tiles * 8
+    memory = row_tiles * (chunk_bytes(bits) + 32 * sets) / gpu.bytes_per_cycle
+    return max(0.3 * issue, 1.8 * shared, 4.3 * tensor, memory), 300 + 2.1 * issue
+
+
+def _candidate(
+    gpu: Gpu,
+    m: int,
+    passes: int,
+    n: int,
+    k: int,
+    bits: int,
+    block: int,
+    row_tiles: int,
+    rows: int,
+    ways: int,
+    split: int,
+) -> Plan | None:
+    """The plan with these numbers, or None where shared memory, threads or the GPU do not allow it."""
+    tokens = -(-m // passes)
+    passes = -(-m // tokens)
+    token_tiles = next((tiles for tiles in _ROW_TILES if tokens <= 8 * tiles), 0)
+    warps, participants = rows * ways, ways * split
+    chunks, units = ceil(k / CHUNK_K), ceil(n / (TILE_ROWS * row_tiles))
+    clusters = -(-dict(gpu.clusters).get(split, 0) // passes)  # one at least: passes beyond what fits wait their turn
+    if not token_tiles or row_tiles not in _ROW_TILES[token_tiles] or warps > _MAX_WARPS[token_tiles]:
+        return None
+    if clusters == 0 or participants > min(32, chunks) or (ways > 1 and not gpu.has_clusters):
+        return None
+    slot = row_tiles * (chunk_bytes(bits) + _SCALE_BYTES)
+    stages = _stages(warps, slot)
+    pitch = (
+        2 * CHUNK_K * -(-chunks // split) + 64
+    )  # 64 bytes off a multiple of 128: neighbouring tokens use other banks
+    exchange = 2 * warps * row_tiles * token_tiles * 512 + 256 if participants > 1 and gpu.has_clusters else 0
+    shared = _TABLE_BYTES[bits] + warps * stages * slot + exchange + tokens * pitch
+    if shared > gpu.shared_bytes:
+        return None
+    clusters = min(clusters, -(-units // rows))
+    rounds = -(-units // (clusters * rows))
+    rate, latency = _step_cycles(gpu, tokens, bits, block, token_tiles, row_tiles)
+    busy = min(warps, ways * -(-units // clusters))
+    step = ((rate * busy) ** 2.5 + latency**2.5) ** 0.4  # a soft maximum: near balance both are felt
+    per_round = 0 if participants == 1 else 150 + 33 * ways + (80 if split > 1 else 0) + 160 * row_tiles * token_tiles
+    cycles = rounds * (-(-chunks // participants) * step + per_round)
+    cycles += 4400 + (450 if split > 1 else 0) + 0.03 * tokens * pitch
+    return Plan(
+        passes, tokens, token_tiles, row_tiles, rows, ways, split, stages, block, clusters, pitch, shared, cycles
+    )  # fmt: skip
+
+
+def candidates(gpu: Gpu, m: int, n: int, k: int, bits: int, group: int) -> list[Plan]:
+    """Every legal plan for y (m, n) = x (m, k) . W^T with groups of ``group``, the best estimate first."""
+    block, passes = group_block(group, k), -(-m // 32)
+    while passes <= m:
+        found = [
+            plan
+            for row_tiles in (1, 2)
+            for rows in range(1, 17)
+            for ways in (1, 2, 4, 8)
+            for split in (1, 2, 4, 8)
+            if rows * ways >= 4
+            and (plan := _candidate(gpu, m, passes, n, k, bits, block, row_tiles, rows, ways, split)) is not None
+        ]
+        if found:
+            return sorted(found, key=lambda plan: plan.cycles)
+        passes *= 2  # x does not fit: fewer tokens at once
+    return []
+
+
+@lru_cache(maxsize=4096)
+def make(gpu: Gpu, m: int, n: int, k: int, bits: int, group: int) -> Plan | None:
+    """The plan to run, or None when not even one token fits or K is beyond `MAX_IN_FEATURES` (then: the dense path)."""
+    if k > MAX_IN_FEATURES:
+        return None
+    found = candidates(gpu, m, n, k, bits, group)
+    return found[0] if found else None

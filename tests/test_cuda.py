@@ -1,0 +1,209 @@
+"""The CUDA backend on a real GPU. A short cut through the matrix of benchmarks/kernel_matrix.py, and what it leaves out."""
+
+import threading
+
+import pytest
+import torch
+
+from flute.bench.correctness import Case, Problem, check_decoding, check_errors, check_integers, relative, specs
+from flute.errors import OperatorError
+from flute.kernels import cuda, layout, ops, plan
+from flute.linear import LutLinear
+from flute.spec import QuantSpec
+
+pytestmark = pytest.mark.gpu
+
+SHAPES = [(1, 64), (333, 777), (576, 1536), (1024, 4096), (4096, 14336)]
+TOKENS = [1, 2, 7, 8, 9, 16, 17, 32, 33, 64, 65, 128]
+GROUPS = (32, 64, 96, 128, 256, -1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_answers(shape: tuple[int, int], bits: int, dtype: torch.dtype) -> None:
+    n, k = shape
+    for spec in specs(bits, GROUPS, vectors=k % 2 == 0):
+        problem = Problem(Case(n, k, spec, dtype))
+        for tokens in (1, 8, 64, 65):
+            assert check_decoding(problem, tokens) == "", spec
+        wrong = [(spec, answer) for answer in check_errors(problem, TOKENS) if answer.reason]
+        assert not wrong
+        for tokens in (1, 16, 40):
+            assert check_integers(Case(n, k, spec, dtype), tokens) == "", spec
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_every_legal_plan_gives_exact_integers(bits: int) -> None:
+    """Whatever the planner may choose one day: all its candidates are right."""
+    n, k, spec = 200, 1600, QuantSpec(bits, 64, "custom")
+    for m in (1, 13, 29):
+        case = Case(n, k, spec, torch.float16)
+        problem = Problem(case, integers=True)
+        x = torch.randint(-3, 4, (m, k), device="cuda").half()
+        exact = (x.double() @ problem.decoded(torch.float64).T).float().half()
+        found = plan.candidates(cuda.gpu(0), m, n, k, bits, 64)
+        assert len(found) > 20
+        for forced in found:
+            y = cuda.decode(x, *problem.given, problem.table, None, n, bits, 64, forced=forced)
+            assert torch.equal(y, exact), forced
+
+
+def layer(n: int = 1000, k: int = 2048, spec: QuantSpec | None = None, dtype: torch.dtype = torch.float16) -> LutLinear:
+    torch.manual_seed(0)
+    dense = torch.nn.Linear(k, n, bias=True, dtype=dtype, device="cuda")
+    return LutLinear.from_linear(dense, spec or QuantSpec())
+
+
+def test_any_x() -> None:
+    """Strides, offsets and leading dimensions change nothing."""
+    linear = layer()
+    x = torch.randn(6, 2048, device="cuda").half()
+    right = linear(x)
+    wide = torch.randn(6, 2 * 2048 + 1, device="cuda").half()
+    for view in (wide[:, 1:2049], wide[:, ::2][:, :2048]):
+        view.copy_(x)
+        assert torch.equal(linear(view), right)
+    flat = torch.randn(6 * 2048 + 3, device="cuda").half()
+    for shift in (1, 2, 3):
+        misaligned = flat[shift : shift + 6 * 2048].view(6, 2048)
+        misaligned.copy_(x)
+        assert torch.equal(linear(misaligned), right)
+    assert torch.equal(linear(x.view(2, 3, 2048)), right.view(2, 3, -1))
+    assert torch.equal(linear(x.T.contiguous().T), right)
+    assert linear(x[:0]).shape == (0, 1000)
+    assert linear(x.view(2, 3, 2048)[:, :0]).shape == (2, 0, 1000)
+    assert torch.equal(linear(x[0]), linear(x[:1])[0])
+
+
+def test_the_same_bits_every_time() -> None:
+    for m in (1, 5, 16, 33, 64):
+        for spec in (QuantSpec(), QuantSpec(3, 32, "nf3"), QuantSpec(2, -1, "int2")):
+            linear = layer(4096, 4096, spec)
+            x = torch.randn(m, 4096, device="cuda").half()
+            first = linear(x)
+            assert all(torch.equal(linear(x), first) for _ in range(100))
+
+
+def test_a_row_does_not_depend_on_its_neighbours() -> None:
+    linear = layer()
+    x = torch.randn(8, 2048, device="cuda").half()
+    first = linear(x)
+    x[1:] = float("nan")
+    assert torch.equal(linear(x)[0], first[0])
+
+
+def test_graphs_and_streams() -> None:
+    linear = layer(4096, 4096)
+    for m in (1, 3, 16, 32, 64):
+        x = torch.randn(m, 4096, device="cuda").half()
+        right = linear(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = linear(x)
+        for _ in range(50):
+            y.zero_()
+            graph.replay()
+        assert torch.equal(y, right)
+    x = torch.randn(16, 4096, device="cuda").half()
+    right = linear(x)
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    results = []
+    for _ in range(100):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results.append(linear(x))
+    torch.cuda.synchronize()
+    assert all(torch.equal(y, right) for y in results)
+
+
+def test_threads() -> None:
+    linear = layer()
+    x = torch.randn(4, 2048, device="cuda").half()
+    right, wrong = linear(x), []
+
+    def run() -> None:
+        with torch.no_grad():
+            wrong.extend(1 for _ in range(50) if not torch.equal(linear(x), right))
+
+    threads = [threading.Thread(target=run) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_gradients() -> None:
+    for m in (3, 100):
+        linear = layer()
+        x = torch.randn(m, 2048, device="cuda").half().requires_grad_()
+        grad = torch.randn(m, 1000, device="cuda").half()
+        linear(x).backward(grad)
+        exact = grad.double() @ linear.dequantize().double()
+        assert x.grad is not None and relative(x.grad, exact) < 1e-3
+        assert linear.bias.grad is not None and relative(linear.bias.grad, grad.double().sum(0)) < 1e-3
+
+
+@pytest.mark.parametrize("m", [4, 80])
+def test_opcheck_and_compile(m: int) -> None:
+    linear = layer()
+    x = torch.randn(m, 2048, device="cuda").half()
+    operands = (linear.weight, linear.scales, linear.table, linear.bias, 1000, 4, 64)
+    torch.library.opcheck(torch.ops.flute.lut_linear, (x.clone().requires_grad_(), *operands))
+    torch.library.opcheck(torch.ops.flute.dequantize, (*operands[:3], 1000, 2048, 4, 64))
+    compiled = torch.compile(linear, fullgraph=True, dynamic=True)
+    assert torch.equal(compiled(x), linear(x))
+
+
+def test_moving_a_layer_is_exact() -> None:
+    for spec in (QuantSpec(), QuantSpec(3, 96, "nf3"), QuantSpec(2, 48, "nf2")):
+        linear = layer(333, 777, spec)
+        assert linear.in_kernel_order == layout.supports(spec, 777)
+        before = {name: tensor.clone() for name, tensor in linear.state_dict().items()}
+        assert before["weight"].shape == (333, spec.row_bytes(777))
+        back = linear.cpu()
+        assert not back.in_kernel_order
+        assert all(torch.equal(tensor.cuda(), before[name]) for name, tensor in back.state_dict().items())
+        again = back.cuda()
+        again.load_state_dict(before)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in again.state_dict().items())
+
+
+def test_checkpoint_order_on_the_gpu_gives_the_same() -> None:
+    linear = layer()
+    weight, scales = linear.checkpoint_tensors()
+    x = torch.randn(5, 2048, device="cuda").half()
+    y = ops.lut_linear(x, weight, scales, linear.table, linear.bias, spec=linear.spec)
+    assert torch.equal(y, linear(x))
+
+
+def test_64_bit_offsets() -> None:
+    """More than 2**31 weights, and more than 2**32 elements of y."""
+    n, k = 300_000, 8192
+    if torch.cuda.mem_get_info()[0] < 30 << 30:
+        pytest.skip("needs 30 GB of free GPU memory")
+    weight = torch.randint(0, 256, layout.packed_shape(n, k, 4), dtype=torch.uint8, device="cuda")
+    scales = torch.rand(n // 16, 1, 16, device="cuda").half()
+    table = torch.randn(16, device="cuda").half()
+    x = torch.randn(2, k, device="cuda").half()
+    spec = QuantSpec(4, -1, "custom")
+    y = ops.lut_linear(x, weight, scales, table, spec=spec, out_features=n)
+    last = ops.lut_linear(x, weight[-4:], scales[-4:], table, spec=spec, out_features=64)
+    assert torch.equal(y[:, -64:], last)
+    tokens, rows = 300_000, 8192
+    small = torch.randn(tokens, 64, device="cuda").half()
+    linear = layer(rows, 64)
+    many = linear(small)
+    assert torch.equal(many[-65:], linear(small[-65:]))
+
+
+def test_refusals() -> None:
+    linear = layer()
+    with pytest.raises(OperatorError, match=r"x is torch.float32"):
+        linear(torch.randn(2, 2048, device="cuda"))
+    with pytest.raises(OperatorError, match="cpu"):
+        linear(torch.randn(2, 2048).half())
+    with pytest.raises(OperatorError, match="weight"):
+        linear(torch.randn(2, 4096, device="cuda").half())
