@@ -6,9 +6,10 @@ package. Code that a model brings along (``auto_map``) is never run.
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, cast
@@ -183,7 +184,9 @@ def load(found: Found, *, device: str = "cpu", dtype: torch.dtype | None = None)
         validate(found.folder)
     gguf = {} if found.gguf is None else {"gguf_file": found.gguf}
     try:
-        model = AutoModelForCausalLM.from_pretrained(found.folder, trust_remote_code=False, **options)
+        # transformers' bar for unpacking GGUF knows no switch
+        with redirect_stderr(io.StringIO()) if gguf else nullcontext():
+            model = AutoModelForCausalLM.from_pretrained(found.folder, trust_remote_code=False, **options)
         tokenizer = AutoTokenizer.from_pretrained(found.folder, trust_remote_code=False, **gguf)
     except FluteError:
         raise
