@@ -93,13 +93,18 @@ class LutLinear(nn.Linear):
     # ---- forward ---------------------------------------------------------------------------------------------------
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., K) -> (..., N). Under autocast x is cast to the layer's dtype, as nn.Linear would."""
-        if x.dtype != self.scales.dtype and torch.is_autocast_enabled(x.device.type):
-            x = x.to(self.scales.dtype)
+        """(..., K) -> (..., N). Under autocast in 16 bits: the layer's own type if it is one, else autocast's."""
+        dtype = self.scales.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type) if dtype == torch.float32 else dtype
+            x = x.to(dtype)
+        # PEFT's prepare_model_for_kbit_training makes every 16-bit parameter float32, and leaves buffers alone
+        scales, table = self.scales.to(dtype), self.table.to(dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
         # under tensor parallelism these are this rank's rows and out_features is the sum over ranks
         rows = self.out_features if self.in_kernel_order else self.weight.shape[0]
         return torch.ops.flute.lut_linear(
-            x, self.weight, self.scales, self.table, self.bias, rows, self.spec.bits, self.spec.group_size
+            x, self.weight, scales, table, bias, rows, self.spec.bits, self.spec.group_size
         )
 
     def dequantize(self) -> torch.Tensor:

@@ -355,6 +355,42 @@ def test_config_and_tensors_that_disagree(record: dict[str, Any], tampered: Call
         load(tampered(**record))
 
 
+# ---- on a GPU --------------------------------------------------------------------------------------------------------
+
+SPLIT = {
+    **dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0"), 0),
+    "model.layers.1": "cpu",
+}
+
+
+@pytest.mark.gpu
+@WARNED
+@pytest.mark.parametrize("device_map", ["cuda", "auto", SPLIT], ids=["cuda", "auto", "offload"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_cuda_gives_what_the_cpu_gives(dtype: torch.dtype, device_map: Any, quantized: Path, tmp_path: Path) -> None:
+    expected = load(quantized, dtype=dtype)
+    model = load(quantized, dtype=dtype, device_map=device_map)
+    layer = model.model.layers[0].mlp.up_proj
+    assert layer.in_kernel_order and layer.weight.is_cuda
+    logits = model(prompt().cuda()).logits.cpu()
+    assert (logits - expected(prompt()).logits).norm() < 0.03 * logits.norm()
+    keywords = {"max_new_tokens": 4, "do_sample": False}
+    assert model.generate(prompt().cuda(), **keywords).shape == expected.generate(prompt(), **keywords).shape
+    model.save_pretrained(tmp_path)
+    assert equal_states(load(tmp_path), expected)
+
+
+@pytest.mark.gpu
+def test_quantizing_onto_cuda(dense: str, tmp_path: Path) -> None:
+    keywords = {"dtype": torch.float16, "quantization_config": FluteConfig(group_size=32)}
+    model, expected = load(dense, device_map="cuda", **keywords), load(dense, **keywords)
+    assert model.model.layers[1].mlp.down_proj.in_kernel_order
+    assert equal_states(model.cpu(), expected) and not model.model.layers[1].mlp.down_proj.in_kernel_order
+    logits = expected(prompt()).logits
+    compiled = torch.compile(model.cuda(), fullgraph=True)
+    assert (compiled(prompt().cuda()).logits.cpu() - logits).norm() < 0.03 * logits.norm()
+
+
 def test_pickles_are_not_read(tampered: Callable[..., Path]) -> None:
     folder = tampered()
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")

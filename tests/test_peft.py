@@ -33,12 +33,13 @@ def adapted(folder: Path, *, mergeable: bool = False, **keywords: Any) -> Any:
     return peft.get_peft_model(load(folder), config)
 
 
-def train(model: Any, steps: int = 8) -> list[float]:
+def train(model: Any, steps: int = 8, autocast: bool = False) -> list[float]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=2e-2)
     losses = []
     for _ in range(steps):
-        loss = model(prompt(), labels=prompt()).loss
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            loss = model(prompt(), labels=prompt()).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -57,6 +58,17 @@ def test_lora_trains_saves_and_loads(folder: Path, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(load(folder), tmp_path)
     assert torch.equal(again(prompt()).logits, model.eval()(prompt()).logits)
+
+
+def test_the_usual_preparation_and_autocast(folder: Path) -> None:
+    model = peft.prepare_model_for_kbit_training(load(folder, dtype=torch.bfloat16), use_gradient_checkpointing=False)
+    assert model.model.layers[0].mlp.up_proj.scales.dtype == torch.float32
+    model = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, task_type="CAUSAL_LM")
+    )
+    losses = train(model, steps=4, autocast=True)
+    assert losses[-1] < 0.8 * losses[0]
+    assert train(model, steps=1)[0] < losses[-1]  # float32 throughout
 
 
 def test_gradients_are_those_of_the_dense_model(folder: Path) -> None:
