@@ -1,7 +1,8 @@
 """The CPU kernel against torch's dense matmul, in one run: python benchmarks/cpu_kernel.py [--csv FILE] [--threads T]
 
-y = x . W^T for N=14336, K=4096, group 64, 4 bits (a table of 16 floats, as NF4), 3 bits, 2 bits, and pairs at 4 bits. A line
-is the median and the best of `--repeats` calls; contenders take turns so that a busy moment of the machine hits them all.
+y = x . W^T for N=14336, K=4096, group 64: 4 bits (a table of 16 floats, as NF4), 3 bits, 2 bits, and pairs at 4 bits.
+A line is the median and the best of `--repeats` calls; contenders take turns, so that a busy moment of the machine hits
+them all.
 """
 
 from __future__ import annotations

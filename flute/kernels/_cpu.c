@@ -55,7 +55,7 @@ struct job {
     const uint8_t *weight;
     const void *scales;
     const float *x, *bias;
-    void *out; /* y (M, N) float32, or W (N, K) in the dtype of the scales */
+    void *out; /* y (M, N) or W (N, K), in the dtype of the scales */
     int64_t M, N, K, group, groups, row_bytes;
     int bits, dtype;
     int whole_units;      /* no unit is shared by two groups */
@@ -105,6 +105,15 @@ INLINE float scale_at(const job *j, int64_t i)
     case FLOAT32: return ((const float *)j->scales)[i];
     case FLOAT16: return from_half(((const uint16_t *)j->scales)[i]);
     default: return as_float((uint32_t)((const uint16_t *)j->scales)[i] << 16);
+    }
+}
+
+INLINE void store(const job *j, int64_t i, float f)
+{
+    switch (j->dtype) {
+    case FLOAT32: ((float *)j->out)[i] = f; break;
+    case FLOAT16: ((uint16_t *)j->out)[i] = to_half(f); break;
+    default: ((uint16_t *)j->out)[i] = to_bfloat(f);
     }
 }
 
@@ -226,7 +235,7 @@ INLINE void finish(const job *j, int64_t m, int64_t n, const v8 *sum)
 {
     const v8 s = *sum;
     const float y = ((s[0] + s[4]) + (s[1] + s[5])) + ((s[2] + s[6]) + (s[3] + s[7]));
-    ((float *)j->out)[m * j->N + n] = j->bias ? y + j->bias[n] : y;
+    store(j, m * j->N + n, j->bias ? y + j->bias[n] : y);
 }
 
 INLINE void linear_block(const job *j, int64_t block)
@@ -449,11 +458,11 @@ static void prepare(job *j, const float *table, int vector_size, int portable)
 }
 
 /* ---- what Python calls ----
- * table, bias and y are float32; dtype is that of the scales (and of w). portable != 0 leaves AVX2 aside (for tests). */
+ * x, table and bias are float32; dtype is that of the scales, y and w. portable != 0 leaves AVX2 aside (for tests). */
 
-int flute_cpu_version(void) { return 1; }
+int flute_cpu_version(void) { return 2; }
 
-void flute_cpu_linear(float *y, const float *x, const uint8_t *weight, const void *scales, const float *table,
+void flute_cpu_linear(void *y, const float *x, const uint8_t *weight, const void *scales, const float *table,
                       const float *bias, int64_t M, int64_t N, int64_t K, int64_t group, int bits, int vector_size,
                       int dtype, int threads, gomp_parallel parallel, int portable)
 {

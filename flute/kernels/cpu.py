@@ -11,12 +11,13 @@ from __future__ import annotations
 import ctypes
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..errors import CompileError
 
-_VERSION = 1  # of the C functions' arguments; a library built from other sources is not called
+_VERSION = 2  # of the C functions' arguments; a library built from other sources is not called
 _STRIP = 256  # _cpu.c wants x in strips of so many weights
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _SUFFIXES = (".so", ".pyd", ".dylib")
@@ -45,10 +46,10 @@ def load(path: Path | None = None) -> None:
         raise CompileError(f"CPU kernel {path} cannot be loaded: {error}; reinstall flute-engine") from None
     if version != _VERSION:
         raise CompileError(f"CPU kernel {path} has version {version}, not {_VERSION}; reinstall flute-engine")
-    pointer, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    settings = (*[integer] * 4, pointer, integer)  # bits, vector_size, dtype, threads, GOMP_parallel, portable
-    library.flute_cpu_linear.argtypes = (*[pointer] * 6, *[long] * 4, *settings)
-    library.flute_cpu_dequantize.argtypes = (*[pointer] * 4, *[long] * 3, *settings)
+    kinds: dict[str, Any] = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64}
+    settings = "iiiipi"  # bits, vector_size, dtype, threads, GOMP_parallel, portable
+    library.flute_cpu_linear.argtypes = [kinds[kind] for kind in "pppppp" + "llll" + settings]
+    library.flute_cpu_dequantize.argtypes = [kinds[kind] for kind in "pppp" + "lll" + settings]
     library.flute_cpu_linear.restype = library.flute_cpu_dequantize.restype = None
     _loaded = library
 
@@ -94,9 +95,9 @@ def lut_linear(
         CompileError: the kernel is not available.
     """
     (m, k), n = x.shape, weight.shape[0]
-    y = x.new_empty(m, n, dtype=torch.float32)
+    y = x.new_empty(m, n)
     if m == 0 or n == 0:
-        return y.to(x.dtype)
+        return y
     strips = _strips(x)
     wide = None if bias is None else bias.float().contiguous()
     weight, scales, values = weight.contiguous(), scales.contiguous(), table.float().contiguous()
@@ -105,7 +106,7 @@ def lut_linear(
         None if wide is None else wide.data_ptr(), m, n, k, group_size, bits, vector_size, _DTYPES[scales.dtype],
         torch.get_num_threads(), _openmp(), portable,
     )  # fmt: skip
-    return y.to(x.dtype)
+    return y
 
 
 def dequantize(
