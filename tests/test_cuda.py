@@ -1,4 +1,4 @@
-"""The CUDA backend on a real GPU. A short cut through the matrix of benchmarks/kernel_matrix.py, and what it leaves out."""
+"""The CUDA backend on a real GPU: a short cut through benchmarks/kernel_matrix.py, and what that leaves out."""
 
 import threading
 
@@ -93,6 +93,7 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
     assert torch.equal(linear(x)[0], first[0])
 
 
+@torch.no_grad()
 def test_graphs_and_streams() -> None:
     linear = layer(4096, 4096)
     for m in (1, 3, 16, 32, 64):

@@ -6,6 +6,7 @@ CUDA graphs: the only memory besides y is, on GPUs without clusters, a float32 w
 
 from __future__ import annotations
 
+import threading
 from functools import cache, lru_cache
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..errors import OperatorError
 from . import jit, layout, plan
 
 _MINIMUM_CAPABILITY = (8, 0)
+_thread = threading.local()
 
 
 # ---- devices and kernels -------------------------------------------------------------------------------------------
@@ -93,6 +95,9 @@ def _config(grid: tuple[int, int], block: int, shared: int, cluster: int, overla
 def _launch(device: torch.device, config: Any, kernel: Any, *arguments: int) -> None:
     stream = torch.cuda.current_stream(device)
     core = _core()
+    if not getattr(_thread, "bound", False):  # a thread new to CUDA, such as autograd's, has no current context yet
+        core.Device(torch.cuda.current_device()).set_current()
+        _thread.bound = True
     if device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             core.launch(_stream(stream.cuda_stream), config, kernel, *arguments)

@@ -9,7 +9,7 @@ four pairs of weights, a pair being two neighbours along K::
 
 The order of K inside a step is free as long as x is permuted alike, so within each block of 32 k lane t owns the eight
 *consecutive* positions 8 t .. 8 t + 7 and the block takes two steps i = 0, 1: a lane loads its activations as one
-16-byte vector. A **chunk** is 16 rows times 128 k, what one warp takes in one go: 32, 24 or 16 bytes per lane. Chunks of
+16-byte vector. A **chunk** is 16 rows times 128 k, what one warp takes in one go: 32, 24 or 16 bytes a lane. Chunks of
 a row tile follow one another along K, row tiles along N::
 
     packed uint8 (ceil(N / 16), ceil(K / 128), chunk_bytes)        scales (ceil(N / 16), G, 16)

@@ -7,7 +7,7 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-constexpr int TABLE_ENTRIES = BITS == 3 ? 64 : 256;  // pairs of codes; at 2 bits, pairs of pairs
+constexpr int TABLE_ENTRIES = BITS == 3 ? 64 : 256;                // pairs of codes; at 2 bits, pairs of pairs
 [[maybe_unused]] constexpr int TABLE_BYTES = TABLE_ENTRIES * 128;  // 128 bytes an entry: a copy for every bank
 
 __device__ __forceinline__ float wide(u16 value) {
@@ -30,9 +30,7 @@ __device__ __forceinline__ u16 narrow(float value) {
   return result;
 }
 
-__device__ __forceinline__ u32 shared_address(const void* pointer) {
-  return (u32)__cvta_generic_to_shared(pointer);
-}
+__device__ __forceinline__ u32 shared_address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
 
 // The 32-bit pair for pair index i: two scalars side by side, or one entry of a codebook of pairs.
 __device__ __forceinline__ u32 pair_value(const u16* table, bool vectors, u32 index) {
@@ -40,9 +38,9 @@ __device__ __forceinline__ u32 pair_value(const u16* table, bool vectors, u32 in
   return (u32)table[index & ((1 << BITS) - 1)] | (u32)table[index >> BITS] << 16;
 }
 
-// Fill 128 bytes per entry: lane l later reads only from its own bank (32 copies of 4 bytes, or 16 copies of 8 at 2 bits),
-// so no two lanes ever collide whatever the codes are. An entry is one pair, or at 2 bits the two pairs that share a byte.
-// A scalar table is read from global memory once, by one load a lane, and passed between lanes.
+// Fill 128 bytes per entry: lane l later reads only from its own bank (32 copies of 4 bytes, or 16 copies of 8 at 2
+// bits), so no two lanes ever collide whatever the codes are. An entry is one pair, or at 2 bits the two pairs that
+// share a byte. A scalar table is read from global memory once, by one load a lane, and passed between lanes.
 __device__ __forceinline__ void fill_table(u8* shared_table, const u16* table, bool vectors, int thread, int threads) {
   constexpr int SCALARS = 1 << BITS;
   u32 mine = vectors ? 0 : table[thread & (SCALARS - 1)];
@@ -80,8 +78,10 @@ __device__ __forceinline__ void load_words(u32 (&words)[LANE_WORDS], const u8* c
 #endif
 }
 
-// The A fragment of tensor-core step `step` of a lane's chunk: four pairs, by one (4, 3 bit) or half (2 bit) a lookup each.
-__device__ __forceinline__ void load_weights(u32 (&a)[4], const u32 (&words)[LANE_WORDS], int step, const u8* lane_table) {
+// The A fragment of tensor-core step `step` of a lane's chunk: four pairs, by one (4, 3 bit) or half (2 bit) a lookup
+// each.
+__device__ __forceinline__ void load_weights(u32 (&a)[4], const u32 (&words)[LANE_WORDS], int step,
+                                             const u8* lane_table) {
 #if BITS == 2
   uint2 low = *(const uint2*)(lane_table + lookup_offset(words, 2 * step));       // row g
   uint2 high = *(const uint2*)(lane_table + lookup_offset(words, 2 * step + 1));  // row g + 8

@@ -1,26 +1,27 @@
 // y (M, N) = x (M, K) . W^T (+ bias) for few tokens: a race against memory, so everything serves the stream of codes.
 //
-// K is cut into `split` slices, one per block of a cluster (sm_90 and up) or of the grid (sm_80, sm_86, sm_89), and a slice
-// again among `ways` warps of a block (sm_90 and up). A block keeps its slice of x in shared memory for the whole kernel
-// while its warps stream row tiles: every warp owns a private ring of STAGES slots in shared memory, filled by its own
-// asynchronous copies, so no barrier stands in the main loop.
+// K is cut into `split` slices, one per block of a cluster (sm_90 and up) or of the grid (sm_80, sm_86, sm_89), and a
+// slice again among `ways` warps of a block (sm_90 and up). A block keeps its slice of x in shared memory for the whole
+// kernel while its warps stream row tiles: every warp owns a private ring of STAGES slots in shared memory, filled by
+// its own asynchronous copies, so no barrier stands in the main loop.
 //
 //     slot = ROW_TILES x [ codes of one chunk, CHUNK_BYTES | scales of the chunk's groups, 128 bytes ]
 //
-// Units of ROW_TILES tiles go round robin over clusters first, then over the rows of warps, so that every SM streams the
-// same number of bytes. Weights are the A operand of mma.m16n8k16 (16 rows of W), tokens the columns: TOKEN_TILES x 8 of
-// them. A group's products are summed in float32 by the tensor core and scaled once per GROUP_BLOCK (32, 64 or 128)
-// positions, which costs less than scaling weights and rounds less.
+// Units of ROW_TILES tiles go round robin over clusters first, then over the rows of warps, so that every SM streams
+// the same number of bytes. Weights are the A operand of mma.m16n8k16 (16 rows of W), tokens the columns: TOKEN_TILES x
+// 8 of them. A group's products are summed in float32 by the tensor core and scaled once per GROUP_BLOCK (32, 64 or
+// 128) positions, which costs less than scaling weights and rounds less.
 //
-// The `split * ways` warps that share a unit are its participants. Each owns 32 / participants lanes of the unit's fragments;
-// all push their partial sums to the owners, and an owner adds them in the order of participants, never of arrival: results are the same bits on every run. Two buffers
-// and a barrier per owner suffice, and nobody waits for a whole block. Across a cluster st.async counts bytes on the owner's
-// barrier; within one block plain stores and one arrival per participant do. A warp pushes round j only after it has finished round j - 1, for which it
-// needed everybody's push of j - 1, which they sent after finishing round j - 2, the last user of this buffer.
-// On older GPUs (ways = 1) slices go to a float32 workspace that `lut_reduce` adds up.
+// The `split * ways` warps that share a unit are its participants. Each owns 32 / participants lanes of the unit's
+// fragments; all push their partial sums to the owners, and an owner adds them in the order of participants, never of
+// arrival: results are the same bits on every run. Two buffers and a barrier per owner suffice, and nobody waits for a
+// whole block. Across a cluster st.async counts bytes on the owner's barrier; within one block plain stores and one
+// arrival per participant do. A warp pushes round j only after it has finished round j - 1, for which it needed
+// everybody's push of j - 1, which they sent after finishing round j - 2, the last user of this buffer. On older GPUs
+// (ways = 1) slices go to a float32 workspace that `lut_reduce` adds up.
 //
-// More tokens than TOKEN_TILES x 8 (or than x has room for) are taken by rows of the grid, `pass` tokens each, side by side:
-// their blocks stream the same weights at the same time, out of the L2 cache.
+// More tokens than TOKEN_TILES x 8 (or than x has room for) are taken by rows of the grid, `pass` tokens each, side by
+// side: their blocks stream the same weights at the same time, out of the L2 cache.
 //
 // Host macros: BITS, BF16, GROUP_BLOCK, TOKEN_TILES, ROW_TILES, STAGES, MAX_THREADS.
 
@@ -43,12 +44,12 @@ __device__ __forceinline__ void store(const Problem& p, int row, int token, floa
 
 // What one lane fetches: 16-byte pieces of codes and one word of scales per chunk, along one unit after the other.
 struct Stream {
-  const u8* weight;    // (tiles, chunks, CHUNK_BYTES)
-  const u32* scales;   // (tiles, groups, 8 words of two rows)
+  const u8* weight;   // (tiles, chunks, CHUNK_BYTES)
+  const u32* scales;  // (tiles, groups, 8 words of two rows)
   int tiles, chunks, groups, units, stride, first, count, lane;
   u32 magic;
-  const u8 *codes, *rest;       // next pieces of the current unit
-  const u32* words;             // scales of group 0 of the current unit
+  const u8 *codes, *rest;           // next pieces of the current unit
+  const u32* words;                 // scales of group 0 of the current unit
   long long code_step, scale_step;  // from one row tile of the unit to the next
   int unit, left, block;
 
@@ -180,20 +181,21 @@ struct Exchange {
     if (local()) {
 #pragma unroll
       for (int f = 0; f < FRAGMENTS; ++f) {
-        const float(&v)[4] = acc[f / TOKEN_TILES][f % TOKEN_TILES];
-        asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(to + f * share * 16), "f"(v[0]), "f"(v[1]), "f"(v[2]),
-                     "f"(v[3])
+        const float (&v)[4] = acc[f / TOKEN_TILES][f % TOKEN_TILES];
+        asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(to + f * share * 16), "f"(v[0]), "f"(v[1]),
+                     "f"(v[2]), "f"(v[3])
                      : "memory");
       }
       __syncwarp();
-      if (lane % share == 0) asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+      if (lane % share == 0)
+        asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
       return;
     }
     asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(to) : "r"(owner / ways));
     asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(barrier) : "r"(owner / ways));
 #pragma unroll
     for (int f = 0; f < FRAGMENTS; ++f) {
-      const float(&v)[4] = acc[f / TOKEN_TILES][f % TOKEN_TILES];
+      const float (&v)[4] = acc[f / TOKEN_TILES][f % TOKEN_TILES];
       asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1,%2,%3,%4}, [%5];" ::"r"(
                        to + f * share * 16),
                    "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(barrier)
@@ -206,12 +208,14 @@ struct Exchange {
     int share = 32 / participants;
     u32 barrier = arrived + (warp * 2 + (round & 1)) * 8, parity = round >> 1 & 1, done;
     if (!local() && lane == 0) {
-      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(FRAGMENTS * 512) : "memory");
+      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(FRAGMENTS * 512)
+                   : "memory");
     }
     __syncwarp();
     do {
       asm volatile(
-          "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+          "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; "
+          "}"
           : "=r"(done)
           : "r"(barrier), "r"(parity)
           : "memory");
@@ -222,12 +226,16 @@ struct Exchange {
       float total[4] = {};
       for (int source = 0; source < participants; ++source, at += FRAGMENTS * share * 16) {
         float v[4];
-        asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3]) : "r"(at) : "memory");
+        asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"
+                     : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
+                     : "r"(at)
+                     : "memory");
 #pragma unroll
         for (int e = 0; e < 4; ++e) total[e] += v[e];
       }
 #pragma unroll
-      for (int e = 0; e < 4; ++e) store(p, fragment_row(unit, fragment, from, e), fragment_token(fragment, from, e), total[e]);
+      for (int e = 0; e < 4; ++e)
+        store(p, fragment_row(unit, fragment, from, e), fragment_token(fragment, from, e), total[e]);
     }
     __syncwarp();  // every lane has read this buffer before the next push tells the others so
   }
@@ -236,16 +244,17 @@ struct Exchange {
 #endif
 
 extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1)
-    lut_decode(const u8* weight, const u32* scales, const u16* table, u64 vectors, const u16* x, const u16* bias, u16* y,
-               float* partial, u64 m, u64 n, u64 k, u64 groups, u64 magic, u64 split, u64 ways, u64 pitch, u64 pass) {
+    lut_decode(const u8* weight, const u32* scales, const u16* table, u64 vectors, const u16* x, const u16* bias,
+               u16* y, float* partial, u64 m, u64 n, u64 k, u64 groups, u64 magic, u64 split, u64 ways, u64 pitch,
+               u64 pass) {
   extern __shared__ __align__(1024) u8 shared[];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
   const int chunks = ((int)k + CHUNK_K - 1) / CHUNK_K, tiles = ((int)n + TILE_ROWS - 1) / TILE_ROWS;
   const int units = (tiles + ROW_TILES - 1) / ROW_TILES;
   const u64 token = blockIdx.y * pass;
   x += token * k;
-  const Problem p{bias, y + token * n, partial == nullptr ? nullptr : partial + token * n, (int)min(pass, m - token), (int)n,
-                  m * n};
+  const Problem p{bias,   y + token * n, partial == nullptr ? nullptr : partial + token * n, (int)min(pass, m - token),
+                  (int)n, m * n};
   const int rank = blockIdx.x % (int)split, cluster = blockIdx.x / (int)split, clusters = gridDim.x / (int)split;
   const int participants = (int)(split * ways), me = rank * (int)ways + warp % (int)ways;
   const int row = warp / (int)ways, rows = warps / (int)ways, stride = rows * clusters;
@@ -260,12 +269,20 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1)
   stream.unit = unit;
   stream.enter();
 #if __CUDA_ARCH__ >= 900
-  const Exchange exchange{shared_address(shared_x), shared_address(shared_x) + 2 * warps * FRAGMENTS * 512,
-                          participants,             me, (int)ways, row, warp, warps, lane};
+  const Exchange exchange{shared_address(shared_x),
+                          shared_address(shared_x) + 2 * warps * FRAGMENTS * 512,
+                          participants,
+                          me,
+                          (int)ways,
+                          row,
+                          warp,
+                          warps,
+                          lane};
   if (participants > 1) {
     if (lane < 2) {
       u32 barrier = exchange.arrived + (warp * 2 + lane) * 8;
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(exchange.local() ? participants : 1) : "memory");
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(exchange.local() ? participants : 1)
+                   : "memory");
     }
     shared_x += 2 * warps * FRAGMENTS * 512 + 256;
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -293,7 +310,8 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1)
   const u8* x_lane[TOKEN_TILES];  // a token beyond m reads the last one's row; its column of y is never stored
 #pragma unroll
   for (int i = 0; i < TOKEN_TILES; ++i) {
-    x_lane[i] = shared_x + min(i * 8 + (lane >> 2), p.m - 1) * (int)pitch + (lane & 3) * 16 + (first - block_first) * CHUNK_K * 2;
+    x_lane[i] = shared_x + min(i * 8 + (lane >> 2), p.m - 1) * (int)pitch + (lane & 3) * 16 +
+                (first - block_first) * CHUNK_K * 2;
   }
 
   int take = 0, fill = (STAGES - 1) * SLOT_BYTES;  // slots read and refilled next

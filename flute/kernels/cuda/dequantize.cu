@@ -2,8 +2,8 @@
 // One warp takes one chunk; a lane writes runs of eight neighbours along K, 16 bytes where K allows it.
 
 extern "C" __global__ void __launch_bounds__(256)
-    lut_dequantize(const u8* weight, const u16* scales, const u16* table, u64 vectors, u16* out, u64 n, u64 k, u64 groups,
-                   u64 magic) {
+    lut_dequantize(const u8* weight, const u16* scales, const u16* table, u64 vectors, u16* out, u64 n, u64 k,
+                   u64 groups, u64 magic) {
   __shared__ __align__(16) u32 pairs[1 << 2 * BITS];
   for (int i = threadIdx.x; i < 1 << 2 * BITS; i += blockDim.x) pairs[i] = pair_value(table, vectors != 0, i);
   __syncthreads();
@@ -42,7 +42,8 @@ extern "C" __global__ void __launch_bounds__(256)
                                  run[6] | (u32)run[7] << 16);
       } else {
 #pragma unroll
-        for (int j = 0; j < 8; ++j) if (at + j < (int)k) to[j] = run[j];
+        for (int j = 0; j < 8; ++j)
+          if (at + j < (int)k) to[j] = run[j];
       }
     }
   }

@@ -1,0 +1,89 @@
+"""Time of the operator beside torch's dense matmul, in one run, as one CSV.
+
+    python benchmarks/kernel_speed.py --output benchmarks/results/kernel_speed_h100.csv
+
+fp16, group 64, any table; weights rotate through copies beyond three times the L2 cache; CUDA-graph replay; medians.
+``ratio`` is dense over flute: above 1 flute is faster. ``ceiling_share`` is (codes + scales) / time over the read
+ceiling of the same GPU measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+
+import torch
+import torch.nn.functional as F
+
+from flute.bench.machine import describe
+from flute.bench.timing import copies_beyond_l2, microseconds, read_ceiling
+from flute.kernels import layout
+from flute.kernels.ops import lut_linear
+from flute.spec import QuantSpec
+
+SHAPES = [
+    (4096, 4096), (1024, 4096), (6144, 4096), (14336, 4096), (28672, 4096), (4096, 14336), (8192, 8192), (28672, 8192),
+    (128256, 4096),
+]  # fmt: skip
+TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 1024]
+
+
+def dense_times(n: int, k: int, tokens: list[int], dtype: torch.dtype) -> dict[int, float]:
+    """Microseconds of torch's matmul for every number of tokens."""
+    weights = [torch.randn(n, k, device="cuda", dtype=dtype) for _ in range(copies_beyond_l2(2 * n * k))]
+    times = {}
+    for m in tokens:
+        x = torch.randn(m, k, device="cuda", dtype=dtype)
+        times[m] = microseconds([lambda w=w, x=x: F.linear(x, w) for w in weights])
+    return times
+
+
+def flute_times(n: int, k: int, spec: QuantSpec, tokens: list[int], dtype: torch.dtype) -> dict[int, float]:
+    """Microseconds of the operator for every number of tokens."""
+    shape = layout.packed_shape(n, k, spec.bits)
+    copies = copies_beyond_l2(shape[0] * shape[1] * shape[2])
+    weights = [torch.randint(0, 256, shape, device="cuda", dtype=torch.uint8) for _ in range(copies)]
+    scales = [torch.rand(shape[0], spec.num_groups(k), 16, device="cuda").to(dtype) for _ in range(copies)]
+    table = torch.randn(spec.table_shape, device="cuda").to(dtype)
+    times = {}
+    for m in tokens:
+        x = torch.randn(m, k, device="cuda", dtype=dtype)
+        times[m] = microseconds(
+            [
+                lambda w=w, s=s, x=x: lut_linear(x, w, s, table, spec=spec, out_features=n)
+                for w, s in zip(weights, scales, strict=True)
+            ]
+        )
+    return times
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", required=True)
+    parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
+    parser.add_argument("--group-size", type=int, default=64)
+    arguments = parser.parse_args()
+    dtype, ceiling = getattr(torch, arguments.dtype), read_ceiling()
+    head = f"{describe()}; {arguments.dtype}, group {arguments.group_size}, read ceiling {ceiling / 1e12:.2f} TB/s"
+    print(head)
+    with open(arguments.output, "w", newline="") as file:
+        file.write(f"# {head}\n")
+        writer = csv.writer(file)
+        writer.writerow(["n", "k", "bits", "m", "dense_us", "flute_us", "ratio", "ceiling_share"])
+        for n, k in SHAPES:
+            dense = dense_times(n, k, TOKENS, dtype)
+            for bits in (4, 3, 2):
+                spec = QuantSpec(bits, arguments.group_size, "custom")
+                times = flute_times(n, k, spec, TOKENS, dtype)
+                traffic = n * (spec.row_bytes(k) + 2 * spec.num_groups(k))
+                for m, spent in times.items():
+                    share = traffic / (1e-6 * spent) / ceiling
+                    row = [n, k, bits, m, f"{dense[m]:.2f}", f"{spent:.2f}", f"{dense[m] / spent:.2f}", f"{share:.2f}"]
+                    writer.writerow(row)
+                ratios = "  ".join(f"{m}:{dense[m] / spent:.2f}" for m, spent in times.items())
+                print(f"{n}x{k} {bits}bit  M=1 {times[1]:.1f} us  ratio by M  {ratios}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
