@@ -160,7 +160,9 @@ class LutLinear(nn.Linear):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.in_kernel_order:
-            destination[prefix + "weight"], destination[prefix + "scales"] = self.checkpoint_tensors()
+            # copies, so they go to host memory: a GPU that holds the model need not hold it twice
+            for name, tensor in zip(("weight", "scales"), self.checkpoint_tensors(), strict=True):
+                destination[prefix + name] = tensor.cpu()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         if self.in_kernel_order:
