@@ -317,9 +317,9 @@ static void prepare_avx2(job *j)
 {
     for (int i = 0; i < 16; i++) {
         const int code = i % 8 / 2 * 8 + i / 8 * 4 + i % 2 * 2;
-        const int bit = code * j->bits; /* even, and two codes are at most 8 bits: two bytes hold them */
+        const int bit = code * j->bits; /* even, and two codes are at most 8 bits: two bytes hold them, one at 4 bits */
         j->from[2 * i] = (uint8_t)(bit / 8);
-        j->from[2 * i + 1] = (uint8_t)(bit / 8 + 1);
+        j->from[2 * i + 1] = (uint8_t)(j->bits == 4 ? bit / 8 : bit / 8 + 1);
         j->factor[i] = (uint16_t)(1 << (16 - 2 * j->bits - bit % 8)); /* shifts the two codes to the top of the word */
     }
 }
@@ -339,9 +339,13 @@ AVX2 INLINE void unit_planes(const lookup *t, const uint8_t *q, v8 *f, const int
 {
     const __m256i low = _mm256_set1_epi16((1 << bits) - 1), high = _mm256_slli_epi16(low, 8);
     __m256i c = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)q));
-    c = _mm256_mullo_epi16(_mm256_shuffle_epi8(c, t->from), t->factor);
-    c = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(c, 16 - 2 * bits), low), /* first code: low byte */
-                        _mm256_and_si256(_mm256_srli_epi16(c, 8 - bits), high));    /* second: high byte */
+    c = _mm256_shuffle_epi8(c, t->from);
+    if (bits == 4) /* a word is one byte twice: first code in its low half, second in its high half */
+        c = _mm256_or_si256(_mm256_and_si256(c, low), _mm256_and_si256(_mm256_srli_epi16(c, 4), high));
+    else { /* above its code the low byte keeps bits of the second one: entries repeat, so they do not matter */
+        c = _mm256_mullo_epi16(c, t->factor);
+        c = _mm256_or_si256(_mm256_srli_epi16(c, 16 - 2 * bits), _mm256_and_si256(_mm256_srli_epi16(c, 8 - bits), high));
+    }
     const __m256i b3 = _mm256_shuffle_epi8(t->plane[3], c), b2 = _mm256_shuffle_epi8(t->plane[2], c);
     const __m256i high0 = _mm256_unpacklo_epi8(b2, b3), high1 = _mm256_unpackhi_epi8(b2, b3);
     __m256i low0 = _mm256_setzero_si256(), low1 = low0;
