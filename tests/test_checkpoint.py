@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import build, equal_states, load, prompt
+from transformers import LlamaConfig
 
 from flute import FluteConfig, LutLinear, QuantSpec, quantize
 from flute.checkpoint import streaming
@@ -274,15 +275,16 @@ print(peak - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_is_one_shard_and_scratch(tmp_path: Path) -> None:
-    """448 MB of weights in shards of 112 MB: the rise must stay far below the model."""
+    """320 MB of weights in shards of 80 MB: the rise must stay below the model, at a shard and scratch."""
     source = tmp_path / "dense"
-    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 14, "vocab_size": 512}
-    build("Llama", num_hidden_layers=1).config.__class__(**sizes, num_attention_heads=8).save_pretrained(source)
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 10, "vocab_size": 512}
+    LlamaConfig(**sizes, num_attention_heads=8).save_pretrained(source)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
-    shapes = {name: shape for name, shape in folders.architecture(source, ModelSpec()).tensors.items()}
+    shapes = folders.architecture(source, ModelSpec()).tensors
     names = sorted(shapes)
     shards = [names[part::4] for part in range(4)]
     for number, shard in enumerate(shards):
@@ -296,4 +298,4 @@ def test_memory_is_one_shard_and_scratch(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert done.returncode == 0, done.stderr
     print(f"rise {int(done.stdout) >> 20} MiB")
-    assert int(done.stdout) <= largest + (400 << 20), f"{int(done.stdout) >> 20} MiB, shard {largest >> 20} MiB"
+    assert int(done.stdout) <= largest + (200 << 20), f"{int(done.stdout) >> 20} MiB, shard {largest >> 20} MiB"

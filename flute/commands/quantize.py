@@ -144,7 +144,7 @@ def model_spec(
         FluteError: an option breaks a rule.
     """
     from ..config import ModelSpec
-    from ..spec import CUSTOM_TABLE, QuantSpec
+    from ..spec import CUSTOM_TABLE, NAMED_TABLES, QuantSpec
 
     vector_size, values = 1, None
     if table is not None and table.endswith(".json"):
@@ -158,7 +158,7 @@ def model_spec(
     else:
         name = table
         if bits is None:
-            bits = int(table[-1]) if table[-1:].isdigit() else 4
+            bits = int(table[-1]) if table in NAMED_TABLES else 4  # QuantSpec knows what to say about other names
     spec = QuantSpec(bits=bits, group_size=group_size, table=name, vector_size=vector_size)
     changes = dict(parse_override(text) for text in override)
     return values, ModelSpec(spec, changes, tuple(skip), lm_head)

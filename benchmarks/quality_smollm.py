@@ -1,0 +1,178 @@
+#!/usr/bin/env python3
+"""What each table costs a real small model: perplexity, bytes and tokens per second, as CSV and as a table in Markdown.
+
+    python benchmarks/quality_smollm.py MODEL TEXT [--device cuda] [--windows N]
+
+MODEL is a dense folder, a hub id or a .gguf file (SmolLM2-135M in the committed results), TEXT a UTF-8 file (the raw
+WikiText-2 test set there). Perplexity is by the protocol of `flute.evaluate.perplexity`. On the CPU it is computed in
+float32 and speed is measured in float16; on a GPU both are in float16. Speed: greedy decoding of one sequence with
+`model.generate`, median of three runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import platform
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import flute
+from flute.checkpoint import streaming
+from flute.checkpoint.plan import make_plan
+from flute.checkpoint.shards import read_headers
+from flute.commands.common import print_table, progress_bar, quiet_libraries
+from flute.config import ModelSpec
+from flute.evaluate.perplexity import context_length, encode, perplexity
+from flute.evaluate.speed import generate
+from flute.integrations import folders
+from flute.spec import QuantSpec
+
+RESULTS = Path(__file__).resolve().parent / "results"
+SPECS = {
+    "nf4 g64": QuantSpec(4, 64, "nf4"),
+    "nf4 g128": QuantSpec(4, 128, "nf4"),
+    "int4 g64": QuantSpec(4, 64, "int4"),
+    "fp4 g64": QuantSpec(4, 64, "fp4"),
+    "nf3 g64": QuantSpec(3, 64, "nf3"),
+    "nf2 g64": QuantSpec(2, 64, "nf2"),
+}
+PROMPT = "The city of"
+NEW_TOKENS, RUNS = 64, 3
+
+
+def quantized(source: Path, out: Path, spec: QuantSpec) -> Path:
+    """Make the checkpoint of ``spec``; returns its folder."""
+    record = ModelSpec(spec)
+    streaming.run(make_plan(source, folders.architecture(source, record), record), out)
+    return out
+
+
+def measure(folder: Path, text: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One row of figures for the model in ``folder``."""
+    on_cpu = options.device == "cpu"
+    model, tokenizer = folders.load(folders.Found(folder), device=options.device, dtype=torch.float16)
+    generate(model, tokenizer, PROMPT, 8, stop_early=False)  # compiles, tunes, fills caches
+    runs = [generate(model, tokenizer, PROMPT, NEW_TOKENS, stop_early=False) for _ in range(RUNS)]
+    if on_cpu:
+        model, tokenizer = folders.load(folders.Found(folder), device="cpu", dtype=torch.float32)
+    tokens = encode(tokenizer, text)
+    with progress_bar(0, "window", quiet=False) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(1)
+
+        length = context_length(model, options.seq_len)
+        result = perplexity(model, tokens, seq_len=length, max_windows=options.windows, progress=progress)
+    return {
+        "bytes": sum(entry.nbytes for entry in read_headers(folder).values()),
+        "perplexity": round(result.perplexity, 4),
+        "tokens": result.tokens,
+        "windows": result.windows,
+        "seq_len": result.seq_len,
+        "bos": "one at the beginning" if tokens[0] == tokenizer.bos_token_id else "none",
+        "tokens_per_second": round(statistics.median(run.tokens_per_second for run in runs), 2),
+    }
+
+
+def machine(options: argparse.Namespace) -> dict[str, Any]:
+    """Where and with what the figures were made."""
+    from flute.kernels import cpu
+
+    if options.device == "cuda":
+        name, arithmetic = torch.cuda.get_device_name(), "float16"
+    else:
+        name, arithmetic = _processor(), "perplexity float32, speed float16"
+    return {
+        "device": options.device,
+        "machine": name,
+        "threads": torch.get_num_threads(),
+        "c_kernel": cpu.available(),
+        "arithmetic": arithmetic,
+        "flute": flute.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "model": options.label or options.model,
+        "text": Path(options.text).name,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def write(rows: list[dict[str, Any]], path: Path) -> None:
+    """``path`` as CSV, and the same name with .md: the table for the documents."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    first = rows[0]
+    lines = [
+        f"{first['model']} on {first['text']}: {first['tokens']} predicted tokens in {first['windows']} windows of "
+        f"{first['seq_len']}, BOS: {first['bos']}. {first['machine']}, {first['threads']} threads, torch "
+        f"{first['torch']}, {first['arithmetic']}, {first['date']}.",
+        "",
+        "| weights | bits/weight | MB | perplexity | tokens/s |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        figures = f"{row['bits_per_weight']:.3f} | {row['bytes'] / 1e6:.1f} | {row['perplexity']:.3f}"
+        lines.append(f"| {row['weights']} | {figures} | {row['tokens_per_second']:.1f} |")
+    path.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Measure the dense model and every spec; write after each, so that an interrupted run is not lost."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("text")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--windows", type=int, help="only the first so many windows of the text")
+    parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--only", nargs="*", default=["dense", *SPECS], help="some of: dense, " + ", ".join(SPECS))
+    parser.add_argument("--label", help="what to call the model in the results")
+    parser.add_argument("--output", type=Path, help="the CSV; default benchmarks/results/quality_smollm_DEVICE.csv")
+    options = parser.parse_args()
+    quiet_libraries(options.threads)
+    output = options.output or RESULTS / f"quality_smollm_{options.device}.csv"
+    text = Path(options.text).read_text(encoding="utf-8")
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as work, folders.dense_folder(folders.find(options.model), Path(work)) as source:
+        for name in options.only:
+            folder, bits = source, 16.0
+            if name != "dense":
+                folder = quantized(source, Path(work) / name.replace(" ", "-"), SPECS[name])
+                bits = folders.validate(folder).bits_per_weight
+            row = {"weights": name, "bits_per_weight": bits, **measure(folder, text, options), **machine(options)}
+            rows.append(row)
+            print(name, row["perplexity"], row["tokens_per_second"], file=sys.stderr, flush=True)
+            write(rows, output)
+    print_table(
+        ["weights", "bits/weight", "MB", "perplexity", "tokens/s"],
+        [
+            [row["weights"], f"{row['bits_per_weight']:.3f}", f"{row['bytes'] / 1e6:.1f}", f"{row['perplexity']:.3f}",
+             f"{row['tokens_per_second']:.1f}"]
+            for row in rows
+        ],
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

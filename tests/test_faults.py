@@ -1,0 +1,473 @@
+"""Bad input and bad machines: one FluteError line that names the layer or file and the rule; nothing half-written."""
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_checkpoint import digests, interrupted, make
+from tiny_models import build, load
+
+from flute.checkpoint import atomic
+from flute.checkpoint.files import MAX_JSON_BYTES, inside, read_json
+from flute.checkpoint.shards import INDEX, read_headers
+from flute.cli import main
+from flute.config import ModelSpec
+from flute.errors import CheckpointError, FluteError, QuantizeError
+from flute.integrations import folders
+
+torch.set_num_threads(2)
+ROOT = Path(__file__).resolve().parent.parent
+SINGLE = "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("faults") / "dense"
+    build("Llama", torch.float16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("faults") / "sharded"
+    build("Llama", torch.float16).save_pretrained(folder, max_shard_size="60KB")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quantized(dense: Path) -> Path:
+    return make(dense, dense.parent / "quantized")
+
+
+def copied(folder: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return shutil.copytree(folder, tmp_path / "damaged")
+
+
+def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    """Change the tensors of a folder with one file."""
+    tensors = load_file(folder / SINGLE)
+    change(tensors)
+    save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+
+
+def refused(*arguments: object, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a refused command says."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    assert end.value.code == 1 and out == "" and len(err.splitlines()) == 1 and err.startswith("flute: error: ")
+    return err
+
+
+def nothing_left(folder: Path) -> bool:
+    """No output, no temporary files."""
+    return not [path for path in folder.iterdir() if path.name.startswith("out")]
+
+
+# ---- bad options and bad weights -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        (["--bits", 5], "use 2, 3 or 4"),
+        (["--group-size", 0], "group_size=0"),
+        (["--table", "nf9"], "table='nf9'"),
+        (["--bits", 3, "--table", "nf4"], "does not have bits=3"),
+        (["--table", "missing.json"], "missing.json"),
+        (["--scale", "best"], "--scale best"),
+        (["--method", "magic"], "--method magic"),
+        (["--device", "tpu"], "--device tpu"),
+        (["--skip", "model.layers.0"], "names no linear layer"),
+        (["--skip", "*"], "no layer is left"),
+        (["--override", "*.o_proj=bits:7"], "bits=7"),
+        (["--override", "nonsense"], "PATTERN=field:value"),
+        (["--override", "*.o_proj=bits:4,table:custom"], "custom"),
+    ],
+)
+def test_bad_options(
+    options: list[Any], rule: str, dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert rule in refused("quantize", dense, "-o", tmp_path / "out", *options, capsys=capsys)
+    assert nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_bad_weights_name_the_layer(
+    bad: float, dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = copied(dense, tmp_path)
+    name = "model.layers.1.mlp.up_proj"
+    edit(source, lambda tensors: tensors[f"{name}.weight"][3, 5].fill_(bad))
+    line = refused("quantize", source, "-o", tmp_path / "out", capsys=capsys)
+    assert name in line and "[3, 5]" in line and nothing_left(tmp_path)
+    make(source, tmp_path / "out", ModelSpec(modules_to_not_convert=(name,)))
+
+
+def test_a_zero_group_decodes_to_zero(dense: Path, tmp_path: Path) -> None:
+    source = copied(dense, tmp_path)
+    edit(source, lambda tensors: tensors["model.layers.0.mlp.up_proj.weight"][7, :32].zero_())
+    layer = load(make(source, tmp_path / "out")).model.layers[0].mlp.up_proj
+    assert torch.equal(layer.dequantize()[7, :32], torch.zeros(32, dtype=torch.float16))
+    assert bool(layer.dequantize()[7, 32:].any()) and bool(torch.isfinite(layer.scales).all())
+
+
+# ---- damaged sources -------------------------------------------------------------------------------------------------
+
+
+def test_truncated_anywhere(dense: Path, tmp_path: Path) -> None:
+    source = copied(dense, tmp_path)
+    whole = (dense / SINGLE).read_bytes()
+    lengths = {0, 1, 7, 8, 9, len(whole) - 1, *range(0, len(whole), len(whole) // 200)}
+    for length in sorted(lengths):
+        (source / SINGLE).write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match=SINGLE) as refusal:
+            make(source, tmp_path / "out")
+        assert "\n" not in str(refusal.value)
+    (source / SINGLE).write_bytes(whole + b"\0")
+    with pytest.raises(CheckpointError, match=f"{len(whole) + 1:,} bytes and its header promises {len(whole):,}"):
+        make(source, tmp_path / "out")
+    assert nothing_left(tmp_path)
+
+
+def test_damaged_headers(dense: Path, tmp_path: Path) -> None:
+    """Bytes of the header changed at random: refused with our error, or still a header."""
+    source, draw = copied(dense, tmp_path), random.Random(0)
+    whole = (dense / SINGLE).read_bytes()
+    header = int.from_bytes(whole[:8], "little") + 8
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for _ in range(draw.choice((1, 1, 3))):
+            damaged[draw.randrange(header)] = draw.randrange(256)
+        (source / SINGLE).write_bytes(damaged)
+        try:
+            read_headers(source)
+        except CheckpointError as error:
+            assert SINGLE in str(error) and "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "command", [["quantize", "-o", "OUT"], ["eval", "--text", "TEXT"], ["generate", "--prompt", "x"]]
+)
+def test_missing_shard(command: list[str], sharded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = copied(sharded, tmp_path)
+    shards = sorted(path.name for path in source.glob("*.safetensors"))
+    (source / shards[1]).unlink()
+    (tmp_path / "text").write_text("x")
+    places = {"OUT": str(tmp_path / "out"), "TEXT": str(tmp_path / "text")}
+    if command[0] != "quantize":
+        config = json.loads((source / "config.json").read_text())
+        config["quantization_config"] = ModelSpec().to_dict()
+        (source / "config.json").write_text(json.dumps(config))
+    line = refused(command[0], source, *(places.get(word, word) for word in command[1:]), capsys=capsys)
+    assert shards[1] in line and nothing_left(tmp_path)
+
+
+def test_a_layer_without_tensor(dense: Path, tmp_path: Path) -> None:
+    source = copied(dense, tmp_path)
+    edit(source, lambda tensors: tensors.pop("model.layers.1.self_attn.q_proj.weight"))
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.self_attn\.q_proj"):
+        make(source, tmp_path / "out")
+    assert nothing_left(tmp_path)
+
+
+def test_pickles_are_not_read(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = copied(dense, tmp_path)
+    (source / SINGLE).unlink()
+    (source / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR.")
+    line = refused("quantize", source, "-o", tmp_path / "out", capsys=capsys)
+    assert "pytorch_model.bin" in line and "safetensors" in line
+    assert not (tmp_path / "ran").exists() and nothing_left(tmp_path)
+
+
+def test_quantized_already(quantized: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "quantized already" in refused("quantize", quantized, "-o", tmp_path / "out", capsys=capsys)
+
+
+def test_remote_code_never_runs(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = copied(dense, tmp_path)
+    (source / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    config = json.loads((source / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    (source / "config.json").write_text(json.dumps({**config, "trust_remote_code": True}))
+    made = json.loads((make(source, tmp_path / "made") / "config.json").read_text())
+    assert "auto_map" not in made and "trust_remote_code" not in made
+    (source / "config.json").write_text(json.dumps({**config, "model_type": "evil", "trust_remote_code": True}))
+    assert "config.json" in refused("quantize", source, "-o", tmp_path / "out", capsys=capsys)
+    assert not (tmp_path / "ran").exists()
+
+
+# ---- damaged checkpoints ---------------------------------------------------------------------------------------------
+
+
+def shorter(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    return lambda tensors: tensors.update({name: tensors[name][:, :-1].contiguous()})
+
+
+LAYER = "model.layers.0.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        (lambda t: t.pop(f"{LAYER}.scales"), f"{LAYER}.scales is missing"),
+        (lambda t: t.pop(f"{LAYER}.weight"), f"{LAYER}.weight is missing"),
+        (lambda t: t.pop("model.norm.weight"), "model.norm.weight is missing"),
+        (lambda t: t.update({f"{LAYER}.table": torch.ones(16)}), f"{LAYER}.table is not part"),
+        (lambda t: t.update({"model.layers.9.x": torch.ones(3)}), "model.layers.9.x is not part"),
+        (lambda t: t.update({"lm_head.scales": torch.ones(97, 2)}), "lm_head.scales is not part"),
+        (shorter(f"{LAYER}.weight"), f"{LAYER}.weight is U8 (120, 35), expected U8 (120, 36)"),
+        (shorter(f"{LAYER}.scales"), f"{LAYER}.scales is F16 (120, 2)"),
+        (lambda t: t.update({f"{LAYER}.scales": t[f"{LAYER}.scales"].int()}), f"{LAYER}.scales is I32"),
+        (lambda t: t.update({f"{LAYER}.weight": t[f"{LAYER}.weight"].half()}), f"{LAYER}.weight is F16"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(71)}), "model.norm.weight is F32 (71,)"),
+    ],
+)
+def test_wrong_tensors(
+    change: Callable[[dict[str, torch.Tensor]], Any],
+    rule: str,
+    quantized: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = copied(quantized, tmp_path)
+    edit(folder, change)
+    assert rule in refused("inspect", folder, capsys=capsys)
+    assert rule in refused("generate", folder, "--prompt", "x", capsys=capsys)
+
+
+def test_all_problems_at_once(quantized: Path, tmp_path: Path) -> None:
+    folder = copied(quantized, tmp_path)
+    edit(folder, lambda t: [t.pop(f"{LAYER}.scales"), t.pop("model.norm.weight"), t.update(extra=torch.ones(2))])
+    with pytest.raises(CheckpointError, match="3 problems") as refusal:
+        folders.validate(folder)
+    assert all(name in str(refusal.value) for name in (f"{LAYER}.scales", "model.norm.weight", "extra"))
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"bits": 5}, {"bits": "4"}, {"bits": 4.0}, {"bits": True}, {"bits": None}, {"group_size": 0},
+        {"group_size": 2**40}, {"table": "nf3"}, {"table": ["x"]}, {"vector_size": 2}, {"format_version": 2},
+        {"surprise": 1}, {"quant_method": "gptq"}, {"overrides": []}, {"overrides": {"a": {"bits": 9}}},
+        {"modules_to_not_convert": "x"}, {"modules_to_not_convert": [1]}, {"lm_head": 1},
+        {"overrides": {LAYER: {"bits": 3}}}, {"group_size": 16},
+        {"lm_head": True, "modules_to_not_convert": []},
+    ],
+)  # fmt: skip
+def test_tampered_record(record: dict[str, Any], quantized: Path, tmp_path: Path) -> None:
+    folder = copied(quantized, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"].update(record)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FluteError) as refusal:
+        folders.validate(folder)
+    assert "\n" not in str(refusal.value) and str(folder) in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("", "not valid JSON"), ("[]", "a JSON object"), ('{"a": 1, "a": 2}', "twice"), ('{"a": NaN}', "NaN"),
+        ('{"a":' * 40 + "1" + "}" * 40, "nested"), ("[" * 100_000, "nested"), ('{"a": "\xff"}', "not valid JSON"),
+    ],
+)  # fmt: skip
+def test_bad_json(text: str, rule: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(CheckpointError, match=rule) as refusal:
+        read_json(tmp_path / "config.json")
+    assert "config.json" in str(refusal.value)
+
+
+def test_large_json_is_not_read(tmp_path: Path) -> None:
+    with open(tmp_path / "config.json", "wb") as file:
+        file.truncate(MAX_JSON_BYTES + 1)
+    with pytest.raises(CheckpointError, match="at most"):
+        read_json(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"num_hidden_layers": 10**9}, {"num_hidden_layers": "2"}, {"num_hidden_layers": -1}, {"hidden_size": "72"},
+        {"model_type": "nonsense"}, {"model_type": 7}, {"vocab_size": None}, {"num_attention_heads": 0},
+    ],
+)  # fmt: skip
+def test_tampered_config(config: dict[str, Any], dense: Path, tmp_path: Path) -> None:
+    source = copied(dense, tmp_path)
+    values = {**json.loads((source / "config.json").read_text()), **config}
+    (source / "config.json").write_text(json.dumps(values))
+    with pytest.raises(FluteError, match=r"config\.json|damaged") as refusal:
+        make(source, tmp_path / "out")
+    assert "\n" not in str(refusal.value) and nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["../x.safetensors", "/etc/passwd", "a/b", "a\\b", "..", "", "x\0y", "n" * 300, 7, None]
+)
+def test_path_tricks_in_the_index(name: Any, sharded: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="only bare names inside the folder"):
+        inside(tmp_path, name)
+    source = copied(sharded, tmp_path)
+    index = json.loads((source / INDEX).read_text())
+    index["weight_map"]["model.norm.weight"] = name
+    (source / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="only bare names inside the folder"):
+        make(source, tmp_path / "out")
+    assert nothing_left(tmp_path)
+
+
+def test_links_out_of_the_folder(dense: Path, tmp_path: Path) -> None:
+    source = copied(dense, tmp_path)
+    (source / SINGLE).unlink()
+    (source / SINGLE).symlink_to(dense / SINGLE)
+    with pytest.raises(CheckpointError, match="outside the folder"):
+        make(source, tmp_path / "out")
+
+
+def test_links_of_the_hub_cache_are_followed(dense: Path, tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "models--x" / "snapshots" / "abc", tmp_path / "models--x" / "blobs"
+    snapshot.mkdir(parents=True)
+    shutil.copytree(dense, blobs)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
+    assert digests(make(snapshot, tmp_path / "out")) == digests(make(dense, tmp_path / "again"))
+
+
+def test_index_and_shards_disagree(sharded: Path, tmp_path: Path) -> None:
+    source = copied(sharded, tmp_path)
+    index = json.loads((source / INDEX).read_text())
+    index["weight_map"]["phantom"] = index["weight_map"].pop("model.norm.weight")
+    (source / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError) as refusal:
+        make(source, tmp_path / "out")
+    assert "phantom" in str(refusal.value) and "model.norm.weight" in str(refusal.value)
+
+
+# ---- a bad machine ---------------------------------------------------------------------------------------------------
+
+
+class FullDisk:
+    """A file on which only so many bytes find room, over all files together."""
+
+    def __init__(self, file: Any, left: list[int]) -> None:
+        self.file, self.left = file, left
+
+    def write(self, data: Any) -> int:
+        self.left[0] -= len(data)
+        if self.left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return int(self.file.write(data))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def __enter__(self) -> "FullDisk":
+        return self
+
+    def __exit__(self, *reason: object) -> None:
+        self.file.close()
+
+
+def test_disk_full_at_any_time(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = make(sharded, tmp_path / "whole")
+    total = sum(path.stat().st_size for path in whole.iterdir())
+    plain = open
+    for part in range(12):
+        left = [total * part // 12]
+        monkeypatch.setattr(atomic, "open", lambda *a, left=left: FullDisk(plain(*a), left), raising=False)
+        with pytest.raises(CheckpointError, match="cannot be written: No space left") as refusal:
+            make(sharded, tmp_path / "out")
+        assert "\n" not in str(refusal.value) and not (tmp_path / "out").exists()
+        assert not list(tmp_path.rglob("*.tmp"))
+        if part < 11:
+            shutil.rmtree(tmp_path / "out.partial")
+    monkeypatch.undo()
+    make(sharded, tmp_path / "out")  # goes on where the disk was full
+    assert digests(tmp_path / "out") == digests(whole)
+
+
+def test_too_little_room_is_noticed_before(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 100, 0))  # type: ignore[attr-defined]
+    with pytest.raises(CheckpointError, match="GB free"):
+        make(sharded, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def run(arguments: list[str], before: str = "") -> subprocess.Popen[str]:
+    """The command line in a process of its own, after some lines of Python."""
+    code = f"{before}\nfrom flute.cli import main\nimport sys\nmain(sys.argv[1:])"
+    command = [sys.executable, "-c", code, *arguments, "--threads", "2"]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs resource limits")
+def test_file_size_limit(dense: Path, tmp_path: Path) -> None:
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))"
+    process = run(["quantize", str(dense), "-o", str(tmp_path / "out")], limit)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and out == ""
+    assert len(err.splitlines()) == 1 and SINGLE in err and "File too large" in err
+    assert not (tmp_path / "out").exists() and not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs signals")
+def test_kill_in_the_middle(sharded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    slow = (
+        "import time\nfrom flute.checkpoint import streaming\nplain = streaming._write_layer\n"
+        "def late(*a): time.sleep(0.15); plain(*a)\nstreaming._write_layer = late"
+    )
+    arguments = ["quantize", str(sharded), "-o", str(tmp_path / "out")]
+    process = run(arguments, slow)
+    work = tmp_path / "out.partial" / "folder"
+    until = time.monotonic() + 120
+    while len(list(work.glob("*.safetensors"))) < 3 and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (tmp_path / "out").exists()
+    assert len(list(work.glob("*.safetensors"))) >= 3
+    with pytest.raises(SystemExit) as end:
+        main([*arguments, "--json"])
+    figures = json.loads(capsys.readouterr().out)
+    assert not end.value.code and figures["resumed"]
+    whole = tmp_path / "whole"
+    with pytest.raises(SystemExit):
+        main(["quantize", str(sharded), "-o", str(whole)])
+    assert digests(tmp_path / "out") == digests(whole) and not (tmp_path / "out.partial").exists()
+
+
+def test_failure_leaves_the_old_checkpoint(dense: Path, tmp_path: Path) -> None:
+    out = make(dense, tmp_path / "out")
+    before = digests(out)
+    bad = copied(dense, tmp_path)
+    edit(bad, lambda tensors: tensors[f"{LAYER}.weight"].fill_(float("nan")))
+    with pytest.raises(QuantizeError):
+        make(bad, out, force=True)
+    assert digests(out) == before
+
+
+def test_leftovers_do_not_hide_an_error(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    interrupted(dense, tmp_path / "out", 2)
+    line = refused("quantize", dense, "-o", tmp_path / "out", "--bits", 3, capsys=capsys)
+    assert "out.partial" in line and "--force" in line
+
+
+def test_output_exists(dense: Path, quantized: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = digests(quantized)
+    assert "exists" in refused("quantize", dense, "-o", quantized, capsys=capsys)
+    assert digests(quantized) == before
