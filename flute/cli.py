@@ -63,6 +63,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         _complain("interrupted", 130)
     except BrokenPipeError:
         sys.exit(1)  # the reader of our output went away
+    except OSError as error:
+        _complain(f"{error.filename or 'a file'}: {error.strerror or error}", 1)
     sys.exit(code if isinstance(code, int) else 0)
 
 

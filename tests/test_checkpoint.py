@@ -4,15 +4,16 @@ import hashlib
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_models import build, equal_states, load, prompt
-from transformers import LlamaConfig
+from tiny_models import SIZES, build, equal_states, load, prompt
 
 from flute import FluteConfig, LutLinear, QuantSpec, quantize
 from flute.checkpoint import streaming
@@ -73,6 +74,34 @@ def test_streaming_is_quantizing_in_memory(family: str, dtype: torch.dtype, tmp_
     assert equal_states(streamed, at_load)
     assert streamed.config.quantization_config.to_dict() == at_load.config.quantization_config.to_dict()
     assert torch.equal(streamed(prompt()).logits, at_load(prompt()).logits)
+
+
+def save_base(folder: Path) -> None:
+    build("Llama", torch.float16, tie_word_embeddings=True).model.save_pretrained(folder)
+
+
+def save_experts(folder: Path) -> None:
+    build("Mixtral", torch.float16, num_local_experts=4).save_pretrained(folder)
+
+
+def save_multimodal(folder: Path) -> None:
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    tokens = {"image_token_index": 96, "boi_token_index": 95, "eoi_token_index": 94, "mm_tokens_per_image": 4}
+    config = transformers.Gemma3Config(text_config=dict(SIZES), vision_config=vision, **tokens)
+    transformers.Gemma3ForConditionalGeneration(config).to(torch.float16).save_pretrained(folder)
+
+
+@pytest.mark.parametrize(("save", "layers"), [(save_base, 14), (save_experts, 8), (save_multimodal, 14)])
+def test_names_on_disk_may_differ_from_the_models(save: Callable[[Path], None], layers: int, tmp_path: Path) -> None:
+    """A base model without prefix, experts that are fused at load, a decoder inside a model of images and text."""
+    save(tmp_path / "dense")
+    out = make(tmp_path / "dense", tmp_path / "out")
+    assert len(folders.validate(out).layers) == layers
+    streamed = load(out)
+    at_load = load(tmp_path / "dense", quantization_config=FluteConfig(bits=4, group_size=32))
+    assert sum(isinstance(module, LutLinear) for module in streamed.modules()) == layers
+    assert equal_states(streamed, at_load)
 
 
 def test_every_tensor_is_as_promised(sharded: Path, tmp_path: Path) -> None:
@@ -251,6 +280,7 @@ def test_force_replaces_only_checkpoints(sharded: Path, tmp_path: Path) -> None:
 _MEASURE = """
 import resource, sys, threading, torch
 torch.set_num_threads(2)
+from collections.abc import Callable
 from pathlib import Path
 from flute.checkpoint import streaming
 from flute.checkpoint.plan import make_plan
@@ -281,7 +311,7 @@ def test_memory_is_one_shard_and_scratch(tmp_path: Path) -> None:
     """320 MB of weights in shards of 80 MB: the rise must stay below the model, at a shard and scratch."""
     source = tmp_path / "dense"
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 10, "vocab_size": 512}
-    LlamaConfig(**sizes, num_attention_heads=8).save_pretrained(source)
+    transformers.LlamaConfig(**sizes, num_attention_heads=8).save_pretrained(source)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
     shapes = folders.architecture(source, ModelSpec()).tensors

@@ -467,6 +467,11 @@ def test_leftovers_do_not_hide_an_error(dense: Path, tmp_path: Path, capsys: pyt
     assert "out.partial" in line and "--force" in line
 
 
+def test_output_below_a_file(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("x")
+    assert "file" in refused("quantize", dense, "-o", tmp_path / "file" / "out", capsys=capsys)
+
+
 def test_output_exists(dense: Path, quantized: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = digests(quantized)
     assert "exists" in refused("quantize", dense, "-o", quantized, capsys=capsys)
