@@ -6,7 +6,9 @@
 MODEL is a dense folder, a hub id or a .gguf file (SmolLM2-135M in the committed results), TEXT a UTF-8 file (the raw
 WikiText-2 test set there). Perplexity is by the protocol of `flute.evaluate.perplexity`. On the CPU it is computed in
 float32 and speed is measured in float16; on a GPU both are in float16. Speed: greedy decoding of one sequence with
-`model.generate`, median of three runs.
+`model.generate`, the fastest of five runs, which is the one that other programs disturbed least.
+
+``--only`` and ``--measure`` repeat a part and keep the rest of an existing CSV.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ import argparse
 import csv
 import datetime
 import platform
-import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -44,8 +45,14 @@ SPECS = {
     "nf3 g64": QuantSpec(3, 64, "nf3"),
     "nf2 g64": QuantSpec(2, 64, "nf2"),
 }
+COLUMNS = (
+    *("weights", "bits_per_weight", "bytes", "perplexity", "tokens", "windows", "seq_len", "bos", "tokens_per_second"),
+    *("device", "machine", "threads", "c_kernel", "arithmetic", "flute", "torch", "transformers", "python", "date"),
+    *("model", "text"),
+)
+HEADER = ["weights", "bits/weight", "MB", "perplexity", "tokens/s"]
 PROMPT = "The city of"
-NEW_TOKENS, RUNS = 64, 3
+NEW_TOKENS, RUNS = 64, 5
 
 
 def quantized(source: Path, out: Path, spec: QuantSpec) -> Path:
@@ -55,14 +62,18 @@ def quantized(source: Path, out: Path, spec: QuantSpec) -> Path:
     return out
 
 
-def measure(folder: Path, text: str, options: argparse.Namespace) -> dict[str, Any]:
-    """One row of figures for the model in ``folder``."""
-    on_cpu = options.device == "cpu"
+def speed(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Tokens per second of the model in ``folder``."""
     model, tokenizer = folders.load(folders.Found(folder), device=options.device, dtype=torch.float16)
-    generate(model, tokenizer, PROMPT, 8, stop_early=False)  # compiles, tunes, fills caches
+    generate(model, tokenizer, PROMPT, 8, stop_early=False)  # compiles and fills caches
     runs = [generate(model, tokenizer, PROMPT, NEW_TOKENS, stop_early=False) for _ in range(RUNS)]
-    if on_cpu:
-        model, tokenizer = folders.load(folders.Found(folder), device="cpu", dtype=torch.float32)
+    return {"tokens_per_second": round(max(run.tokens_per_second for run in runs), 2)}
+
+
+def quality(folder: Path, text: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Perplexity of the model in ``folder``."""
+    dtype = torch.float32 if options.device == "cpu" else torch.float16
+    model, tokenizer = folders.load(folders.Found(folder), device=options.device, dtype=dtype)
     tokens = encode(tokenizer, text)
     with progress_bar(0, "window", quiet=False) as bar:
 
@@ -73,13 +84,11 @@ def measure(folder: Path, text: str, options: argparse.Namespace) -> dict[str, A
         length = context_length(model, options.seq_len)
         result = perplexity(model, tokens, seq_len=length, max_windows=options.windows, progress=progress)
     return {
-        "bytes": sum(entry.nbytes for entry in read_headers(folder).values()),
         "perplexity": round(result.perplexity, 4),
         "tokens": result.tokens,
         "windows": result.windows,
         "seq_len": result.seq_len,
         "bos": "one at the beginning" if tokens[0] == tokenizer.bos_token_id else "none",
-        "tokens_per_second": round(statistics.median(run.tokens_per_second for run in runs), 2),
     }
 
 
@@ -115,25 +124,51 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
+def read(path: Path) -> dict[str, dict[str, Any]]:
+    """The rows of an earlier run, by their first column."""
+    if not path.exists():
+        return {}
+    with open(path, newline="", encoding="utf-8") as file:
+        return {row["weights"]: dict(row) for row in csv.DictReader(file)}
+
+
+def figure(row: dict[str, Any], column: str, form: str) -> str:
+    """One number of a row for people; a dash where it was not measured."""
+    if row.get(column) in (None, ""):
+        return "-"
+    value = float(row[column])
+    return format(value, form if value < 1e6 else ".1e")
+
+
+def for_people(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """The columns HEADER of all rows."""
+    return [
+        [
+            row["weights"],
+            figure(row, "bits_per_weight", ".3f"),
+            format(float(row["bytes"]) / 1e6, ".1f"),
+            figure(row, "perplexity", ".3f"),
+            figure(row, "tokens_per_second", ".1f"),
+        ]
+        for row in rows
+    ]
+
+
 def write(rows: list[dict[str, Any]], path: Path) -> None:
     """``path`` as CSV, and the same name with .md: the table for the documents."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(file, fieldnames=COLUMNS, restval="")
         writer.writeheader()
         writer.writerows(rows)
     first = rows[0]
     lines = [
-        f"{first['model']} on {first['text']}: {first['tokens']} predicted tokens in {first['windows']} windows of "
-        f"{first['seq_len']}, BOS: {first['bos']}. {first['machine']}, {first['threads']} threads, torch "
-        f"{first['torch']}, {first['arithmetic']}, {first['date']}.",
+        f"{first['model']} on {first['text']}: {first.get('tokens', 0)} predicted tokens in {first.get('windows', 0)} "
+        f"windows of {first.get('seq_len', 0)}, BOS: {first.get('bos', '-')}. {first['machine']}, {first['threads']} "
+        f"threads, torch {first['torch']}, {first['arithmetic']}, {first['date']}.",
         "",
-        "| weights | bits/weight | MB | perplexity | tokens/s |",
-        "| --- | --- | --- | --- | --- |",
+        *(f"| {' | '.join(cells)} |" for cells in [HEADER, ["---"] * len(HEADER), *for_people(rows)]),
     ]
-    for row in rows:
-        figures = f"{row['bits_per_weight']:.3f} | {row['bytes'] / 1e6:.1f} | {row['perplexity']:.3f}"
-        lines.append(f"| {row['weights']} | {figures} | {row['tokens_per_second']:.1f} |")
     path.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -147,31 +182,30 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--only", nargs="*", default=["dense", *SPECS], help="some of: dense, " + ", ".join(SPECS))
+    parser.add_argument("--measure", nargs="*", default=["quality", "speed"], choices=("quality", "speed"))
     parser.add_argument("--label", help="what to call the model in the results")
     parser.add_argument("--output", type=Path, help="the CSV; default benchmarks/results/quality_smollm_DEVICE.csv")
     options = parser.parse_args()
     quiet_libraries(options.threads)
     output = options.output or RESULTS / f"quality_smollm_{options.device}.csv"
     text = Path(options.text).read_text(encoding="utf-8")
-    rows: list[dict[str, Any]] = []
+    rows = read(output) if options.only != ["dense", *SPECS] or len(options.measure) < 2 else {}
     with tempfile.TemporaryDirectory() as work, folders.dense_folder(folders.find(options.model), Path(work)) as source:
         for name in options.only:
             folder, bits = source, 16.0
             if name != "dense":
                 folder = quantized(source, Path(work) / name.replace(" ", "-"), SPECS[name])
                 bits = folders.validate(folder).bits_per_weight
-            row = {"weights": name, "bits_per_weight": bits, **measure(folder, text, options), **machine(options)}
-            rows.append(row)
-            print(name, row["perplexity"], row["tokens_per_second"], file=sys.stderr, flush=True)
-            write(rows, output)
-    print_table(
-        ["weights", "bits/weight", "MB", "perplexity", "tokens/s"],
-        [
-            [row["weights"], f"{row['bits_per_weight']:.3f}", f"{row['bytes'] / 1e6:.1f}", f"{row['perplexity']:.3f}",
-             f"{row['tokens_per_second']:.1f}"]
-            for row in rows
-        ],
-    )  # fmt: skip
+            nbytes = sum(entry.nbytes for entry in read_headers(folder).values())
+            figures = {"weights": name, "bits_per_weight": bits, "bytes": nbytes, **machine(options)}
+            if "speed" in options.measure:
+                figures |= speed(folder, options)
+            if "quality" in options.measure:
+                figures |= quality(folder, text, options)
+            rows[name] = {**rows.get(name, {}), **figures}
+            print(name, figures.get("perplexity"), figures.get("tokens_per_second"), file=sys.stderr, flush=True)
+            write(list(rows.values()), output)
+    print_table(HEADER, for_people(list(rows.values())))
 
 
 if __name__ == "__main__":
