@@ -11,6 +11,9 @@ import torch
 hypothesis.settings.register_profile("house", deadline=None, derandomize=os.environ.get("CI") == "true")
 hypothesis.settings.load_profile("house")
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker a core: more threads only stand in each other's way
+    torch.set_num_threads(1)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():

@@ -23,7 +23,7 @@ from . import cpu, layout, reference
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 DECODE_TOKENS = 64  # the most tokens the CUDA decode kernel takes
-_CPU_KERNEL_TOKENS = 16
+_CPU_KERNEL_TOKENS = 32  # as many as the C kernel decodes a weight for once
 
 _library = torch.library.Library("flute", "DEF")
 _library.define(
@@ -74,15 +74,27 @@ def _check_weight(
         _refuse("weight is in kernel order on the CPU; kernel order is for CUDA, move the layer with .to('cpu')")
 
 
-def _check_x(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, n: int) -> None:
+def _check(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    table: torch.Tensor,
+    bias: torch.Tensor | None,
+    n: int,
+    bits: int,
+    group_size: int,
+) -> int:
+    """Refuse arguments that do not fit together; returns K."""
     if x.dim() == 0:
         _refuse("x is a scalar; it needs a last dimension of in_features")
+    _check_weight(weight, scales, table, n, x.shape[-1], bits, group_size)
     if x.dtype != scales.dtype:
         _refuse(f"x is {x.dtype} but scales are {scales.dtype}; cast x, or load the layer in {x.dtype}")
     if x.device != weight.device:
         _refuse(f"x is on {x.device} but weight is on {weight.device}")
     if bias is not None and (tuple(bias.shape) != (n,) or bias.dtype != x.dtype or bias.device != x.device):
         _refuse(f"bias {tuple(bias.shape)} {bias.dtype} on {bias.device}; needs ({n},) {x.dtype} on {x.device}")
+    return x.shape[-1]
 
 
 # ---- implementations -----------------------------------------------------------------------------------------------
@@ -141,9 +153,7 @@ def _lut_linear_cpu(
     bits: int,
     group_size: int,
 ) -> torch.Tensor:
-    k = x.shape[-1] if x.dim() else 0
-    _check_weight(weight, scales, table, out_features, k, bits, group_size)
-    _check_x(x, weight, scales, bias, out_features)
+    k = _check(x, weight, scales, table, bias, out_features, bits, group_size)
     flat = x.reshape(-1, k)
     if flat.shape[0] == 0:
         return x.new_empty(*x.shape[:-1], out_features)
@@ -168,9 +178,7 @@ def _lut_linear_cuda(
     bits: int,
     group_size: int,
 ) -> torch.Tensor:
-    k = x.shape[-1] if x.dim() else 0
-    _check_weight(weight, scales, table, out_features, k, bits, group_size)
-    _check_x(x, weight, scales, bias, out_features)
+    k = _check(x, weight, scales, table, bias, out_features, bits, group_size)
     if x.dtype == torch.float32:
         _refuse("x is float32; the CUDA kernels take float16 and bfloat16, cast x and the layer")
     flat = x.reshape(-1, k)
@@ -200,8 +208,7 @@ def _lut_linear_fake(
     bits: int,
     group_size: int,
 ) -> torch.Tensor:
-    _check_weight(weight, scales, table, out_features, x.shape[-1] if x.dim() else 0, bits, group_size)
-    _check_x(x, weight, scales, bias, out_features)
+    _check(x, weight, scales, table, bias, out_features, bits, group_size)
     return x.new_empty(*x.shape[:-1], out_features)
 
 
@@ -233,7 +240,7 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> t
     if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
         grad_x = grad @ torch.ops.flute.dequantize(weight, scales, table, *ctx.sizes)  # type: ignore[attr-defined]
     if ctx.needs_input_grad[4]:  # type: ignore[attr-defined]
-        grad_bias = grad.flatten(0, -2).sum(0)
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
     return grad_x, None, None, None, grad_bias, None, None, None
 
 

@@ -21,7 +21,7 @@ from .layout import CHUNK_K, TILE_ROWS, chunk_bytes
 
 _TABLE_BYTES = {4: 32768, 3: 8192, 2: 32768}
 _SCALE_BYTES = 128
-_MAX_WARPS = {1: 16, 2: 12, 4: 8}  # by token tiles: more tokens need more registers a thread
+_MAX_WARPS = {1: 16, 2: 10, 4: 8}  # by token tiles: more tokens need more registers a thread
 _ROW_TILES = {1: (1,), 2: (1, 2), 4: (1, 2)}
 _IN_FLIGHT_BYTES = (
     40 * 1024
@@ -154,20 +154,22 @@ def _candidate(
     token_tiles = next((tiles for tiles in _ROW_TILES if tokens <= 8 * tiles), 0)
     warps, participants = rows * ways, ways * split
     chunks, units = ceil(k / CHUNK_K), ceil(n / (TILE_ROWS * row_tiles))
-    clusters = -(-dict(gpu.clusters).get(split, 0) // passes)  # one at least: passes beyond what fits wait their turn
+    together = dict(gpu.clusters).get(split, 0)
+    clusters = max(min(together, 1), together // passes)  # passes beyond what fits at once wait their turn
     if not token_tiles or row_tiles not in _ROW_TILES[token_tiles] or warps > _MAX_WARPS[token_tiles]:
         return None
     if clusters == 0 or participants > min(32, chunks) or (ways > 1 and not gpu.has_clusters):
         return None
     slot = row_tiles * (chunk_bytes(bits) + _SCALE_BYTES)
-    stages = _stages(warps, slot)
-    pitch = (
-        2 * CHUNK_K * -(-chunks // split) + 64
-    )  # 64 bytes off a multiple of 128: neighbouring tokens use other banks
+    wanted = _stages(warps, slot)
+    # 64 bytes off a multiple of 128, so that neighbouring tokens lie in other banks
+    pitch = 2 * CHUNK_K * -(-chunks // split) + 64
     exchange = 2 * warps * row_tiles * token_tiles * 512 + 256 if participants > 1 and gpu.has_clusters else 0
-    shared = _TABLE_BYTES[bits] + warps * stages * slot + exchange + tokens * pitch
-    if shared > gpu.shared_bytes:
+    fixed = _TABLE_BYTES[bits] + exchange + tokens * pitch
+    stages = next((s for s in (wanted, 3) if fixed + warps * s * slot <= gpu.shared_bytes), 0)
+    if stages == 0:
         return None
+    shared = fixed + warps * stages * slot
     clusters = min(clusters, -(-units // rows))
     rounds = -(-units // (clusters * rows))
     rate, latency = _step_cycles(gpu, tokens, bits, block, token_tiles, row_tiles)

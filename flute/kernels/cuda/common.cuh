@@ -38,12 +38,18 @@ __device__ __forceinline__ u32 pair_value(const u16* table, bool vectors, u32 in
   return (u32)table[index & ((1 << BITS) - 1)] | (u32)table[index >> BITS] << 16;
 }
 
+constexpr int SCALARS = 1 << BITS;
+
+// A lane's scalar of the table, to be asked for long before fill_table() needs it.
+__device__ __forceinline__ u32 table_value(const u16* table, bool vectors, int thread) {
+  return vectors ? 0 : table[thread & (SCALARS - 1)];
+}
+
 // Fill 128 bytes per entry: lane l later reads only from its own bank (32 copies of 4 bytes, or 16 copies of 8 at 2
 // bits), so no two lanes ever collide whatever the codes are. An entry is one pair, or at 2 bits the two pairs that
 // share a byte. A scalar table is read from global memory once, by one load a lane, and passed between lanes.
-__device__ __forceinline__ void fill_table(u8* shared_table, const u16* table, bool vectors, int thread, int threads) {
-  constexpr int SCALARS = 1 << BITS;
-  u32 mine = vectors ? 0 : table[thread & (SCALARS - 1)];
+__device__ __forceinline__ void fill_table(u8* shared_table, const u16* table, bool vectors, u32 mine, int thread,
+                                           int threads) {
 #pragma unroll 4
   for (int i = thread; i < TABLE_ENTRIES * 8; i += threads) {  // whole warps: the trip count is the same for all lanes
     u32 e = i >> 3, low, high;

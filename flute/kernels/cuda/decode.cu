@@ -118,8 +118,6 @@ __device__ __forceinline__ void multiply_chunk(float (&acc)[ROW_TILES][TOKEN_TIL
 #pragma unroll
     for (int block = 0; block < GROUP_BLOCK / BLOCK_K; ++block) {
       int at = set * (GROUP_BLOCK / BLOCK_K) + block;
-      // Many tokens bring work enough per block; loads of the next one, hoisted here, would only cost registers.
-      if (TOKEN_TILES >= 4) asm volatile("" ::: "memory");
       uint4 b[TOKEN_TILES];
 #pragma unroll
       for (int n = 0; n < TOKEN_TILES; ++n) b[n] = *(const uint4*)(x_lane[n] + x_offset + at * BLOCK_K * 2);
@@ -292,14 +290,15 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1)
 #endif
 
   // Weights and table never depend on the kernel before this one: ask for them first, then wait for x.
+  const u32 mine = table_value(table, vectors != 0, threadIdx.x);
 #pragma unroll
   for (int stage = 0; stage < STAGES - 1; ++stage) stream.fetch(shared_address(slots) + stage * SLOT_BYTES);
-  fill_table(shared, table, vectors != 0, threadIdx.x, blockDim.x);
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
   stage_x(shared_x, x, p.m, (int)k, block_first * CHUNK_K, block_count * CHUNK_K, (int)pitch);
   commit_copies();
+  fill_table(shared, table, vectors != 0, mine, threadIdx.x, blockDim.x);  // while x is on its way
   wait_copies<0>();
 #if __CUDA_ARCH__ >= 900
   if (split > 1) asm volatile("barrier.cluster.wait.acquire;" ::: "memory");  // everybody's barriers are ready
