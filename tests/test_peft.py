@@ -105,6 +105,12 @@ def test_what_cannot_be_merged_is_refused(folder: Path) -> None:
     model = adapted(folder, lora_bias=True)
     with pytest.raises(IntegrationError, match="not plain LoRA"):
         merge_and_unload(model)
+    stock = adapted(folder)
+    codes = stock.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight
+    before = codes.clone()
+    with pytest.raises(RuntimeError):  # torch's own words: this is PEFT's code, before ours is asked
+        stock.merge_and_unload()
+    assert torch.equal(codes, before)
     layer = adapted(folder, mergeable=True).base_model.model.model.layers[0].mlp.up_proj
     with pytest.raises(IntegrationError, match="cannot be unmerged"):
         layer.unmerge()

@@ -117,7 +117,8 @@ def _layer_problems(name: str, layer: LutLinear, found: Mapping[str, TensorInfo]
 
 def _lost_parameters(model: Any, found: Mapping[str, TensorInfo]) -> list[str]:
     """Missing dense tensors. transformers would draw them at random, which is right for a new head and nothing else."""
-    base = getattr(model, model.base_model_prefix, model)
+    saved_from_this = type(model).__name__ in (model.config.architectures or ())
+    base = model if saved_from_this else getattr(model, model.base_model_prefix, model)
     prefix = "" if base is model else f"{model.base_model_prefix}."
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     ignored = re.compile("|".join(model._keys_to_ignore_on_load_missing or ()) or r"(?!)")
