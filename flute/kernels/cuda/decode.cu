@@ -13,12 +13,12 @@
 // 128) positions, which costs less than scaling weights and rounds less.
 //
 // The `split * ways` warps that share a unit are its participants. Each owns 32 / participants lanes of the unit's
-// fragments; all push their partial sums to the owners, and an owner adds them in the order of participants, never of
-// arrival: results are the same bits on every run. Two buffers and a barrier per owner suffice, and nobody waits for a
-// whole block. Across a cluster st.async counts bytes on the owner's barrier; within one block plain stores and one
-// arrival per participant do. A warp pushes round j only after it has finished round j - 1, for which it needed
-// everybody's push of j - 1, which they sent after finishing round j - 2, the last user of this buffer. On older GPUs
-// (ways = 1) slices go to a float32 workspace that `lut_reduce` adds up.
+// fragments; all give their partial sums to the owners, and an owner adds them in the order of participants, never of
+// arrival: results are the same bits on every run. Within one block the warps of a row meet at a named barrier. Across
+// a cluster nobody waits for a whole block: st.async counts bytes on a barrier of the receiving warp, and two buffers
+// suffice, since a warp sends round j only after it has finished round j - 1, for which it needed everybody's sums of
+// j - 1, which they sent after finishing round j - 2, the last user of this buffer. On older GPUs (ways = 1) slices go
+// to a float32 workspace that `lut_reduce` adds up.
 //
 // More tokens than TOKEN_TILES x 8 (or than x has room for) are taken by rows of the grid, `pass` tokens each, side by
 // side: their blocks stream the same weights at the same time, out of the L2 cache.
@@ -160,52 +160,56 @@ __device__ __forceinline__ int fragment_token(int fragment, int lane, int e) {
 
 // Partial sums between the participants of a unit.
 //     sums[buffer][owner warp][source participant][fragment][lane of the owner's share], float4
-//     arrived[owner warp][buffer], one barrier each
+//     arrived[owner warp][buffer], one barrier each, used across a cluster
 struct Exchange {
   u32 sums, arrived;  // shared-memory addresses in every block
   int participants, me, ways, row, warp, warps, lane;
-
-  __device__ __forceinline__ bool local() const { return participants == ways; }
 
   __device__ __forceinline__ u32 sums_of(int buffer, int owner_warp) const {
     return sums + (buffer * warps + owner_warp) * FRAGMENTS * 512;
   }
 
-  // Lanes send their fragments to whoever owns them: participant o owns lanes o * 32 / participants and up.
-  __device__ __forceinline__ void push(const float (&acc)[ROW_TILES][TOKEN_TILES][4], int round) const {
-    int share = 32 / participants, owner = lane / share, owner_warp = row * ways + owner % ways;
-    u32 to = sums_of(round & 1, owner_warp) + (me * FRAGMENTS * share + lane % share) * 16;
-    u32 barrier = arrived + (owner_warp * 2 + (round & 1)) * 8;
-    if (local()) {
+  // Lanes give their fragments to whoever owns them: participant o owns lanes o * 32 / participants and up.
+  __device__ __forceinline__ int owner() const { return lane / (32 / participants); }
+  __device__ __forceinline__ int owner_warp() const { return row * ways + owner() % ways; }
+  __device__ __forceinline__ u32 place(int round) const {
+    int share = 32 / participants;
+    return sums_of(round & 1, owner_warp()) + (me * FRAGMENTS * share + lane % share) * 16;
+  }
+
+  // Among the warps of one block: store, and meet the others of this row at a barrier of theirs. That no two rounds use
+  // one buffer lets a fast warp store the next round while a slow one still reads this one.
+  __device__ __forceinline__ void meet(const float (&acc)[ROW_TILES][TOKEN_TILES][4], int round) const {
+    u32 to = place(round), step = 32 / participants * 16;
 #pragma unroll
-      for (int f = 0; f < FRAGMENTS; ++f) {
-        const float (&v)[4] = acc[f / TOKEN_TILES][f % TOKEN_TILES];
-        asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(to + f * share * 16), "f"(v[0]), "f"(v[1]),
-                     "f"(v[2]), "f"(v[3])
-                     : "memory");
-      }
-      __syncwarp();
-      if (lane % share == 0)
-        asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-      return;
+    for (int f = 0; f < FRAGMENTS; ++f) {
+      const float (&v)[4] = acc[f / TOKEN_TILES][f % TOKEN_TILES];
+      asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(to + f * step), "f"(v[0]), "f"(v[1]), "f"(v[2]),
+                   "f"(v[3])
+                   : "memory");
     }
-    asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(to) : "r"(owner / ways));
-    asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(barrier) : "r"(owner / ways));
+    asm volatile("bar.sync %0, %1;" ::"r"(row + 1), "r"(ways * 32) : "memory");
+  }
+
+  // Across a cluster: send, and go on at once; the owner's barrier counts the bytes.
+  __device__ __forceinline__ void send(const float (&acc)[ROW_TILES][TOKEN_TILES][4], int round) const {
+    u32 to = place(round), step = 32 / participants * 16, barrier = arrived + (owner_warp() * 2 + (round & 1)) * 8;
+    asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(to) : "r"(owner() / ways));
+    asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(barrier) : "r"(owner() / ways));
 #pragma unroll
     for (int f = 0; f < FRAGMENTS; ++f) {
       const float (&v)[4] = acc[f / TOKEN_TILES][f % TOKEN_TILES];
       asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1,%2,%3,%4}, [%5];" ::"r"(
-                       to + f * share * 16),
+                       to + f * step),
                    "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(barrier)
                    : "memory");
     }
   }
 
-  // Wait for all partial sums of this warp's share of a round, add them in order and write y.
-  __device__ __forceinline__ void finish(const Problem& p, int unit, int round) const {
-    int share = 32 / participants;
+  // Wait until everybody's sums of a round have come to this warp.
+  __device__ __forceinline__ void receive(int round) const {
     u32 barrier = arrived + (warp * 2 + (round & 1)) * 8, parity = round >> 1 & 1, done;
-    if (!local() && lane == 0) {
+    if (lane == 0) {
       asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(FRAGMENTS * 512)
                    : "memory");
     }
@@ -218,6 +222,11 @@ struct Exchange {
           : "r"(barrier), "r"(parity)
           : "memory");
     } while (!done);
+  }
+
+  // Add this warp's share of a round in the order of participants and write y.
+  __device__ __forceinline__ void add(const Problem& p, int unit, int round) const {
+    int share = 32 / participants;
     for (int i = lane; i < FRAGMENTS * share; i += 32) {
       int fragment = i / share, from = me * share + i % share;  // the fragment's lane whose sums these are
       u32 at = sums_of(round & 1, warp) + i * 16;
@@ -235,7 +244,7 @@ struct Exchange {
       for (int e = 0; e < 4; ++e)
         store(p, fragment_row(unit, fragment, from, e), fragment_token(fragment, from, e), total[e]);
     }
-    __syncwarp();  // every lane has read this buffer before the next push tells the others so
+    __syncwarp();  // every lane has read this buffer before the next send tells the others so
   }
 };
 
@@ -276,15 +285,13 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1)
                           warp,
                           warps,
                           lane};
-  if (participants > 1) {
+  if (participants > 1) shared_x += 2 * warps * FRAGMENTS * 512 + 256;
+  if (split > 1) {
     if (lane < 2) {
-      u32 barrier = exchange.arrived + (warp * 2 + lane) * 8;
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(exchange.local() ? participants : 1)
-                   : "memory");
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(exchange.arrived + (warp * 2 + lane) * 8) : "memory");
     }
-    shared_x += 2 * warps * FRAGMENTS * 512 + 256;
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    if (split > 1) asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
   }
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
@@ -327,8 +334,13 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1)
     }
 #if __CUDA_ARCH__ >= 900
     if (participants > 1) {
-      if (round > 0) exchange.finish(p, unit - stride, round - 1);
-      exchange.push(acc, round);
+      if (split == 1) {
+        exchange.meet(acc, round);
+        exchange.add(p, unit, round);
+      } else {
+        if (round > 0) exchange.receive(round - 1), exchange.add(p, unit - stride, round - 1);
+        exchange.send(acc, round);
+      }
       continue;
     }
 #endif
@@ -344,7 +356,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1)
     }
   }
 #if __CUDA_ARCH__ >= 900
-  if (participants > 1 && round > 0) exchange.finish(p, unit - stride, round - 1);
+  if (split > 1 && round > 0) exchange.receive(round - 1), exchange.add(p, unit - stride, round - 1);
 #endif
 }
 

@@ -1,0 +1,55 @@
+"""Small problems through every path of the CUDA kernels, to be run under compute-sanitizer.
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python benchmarks/sanitizer_cases.py
+    compute-sanitizer --tool racecheck python benchmarks/sanitizer_cases.py
+
+Without torch's caching allocator every tensor is an allocation of its own: a read past its end is seen. Plans are
+forced, one of every kind: alone, sharing K among warps, among blocks of a cluster, both, and several passes.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from flute.bench.correctness import Case, Problem, relative
+from flute.kernels import cuda, plan
+from flute.kernels.layout import pack_scales, pack_weight
+from flute.spec import QuantSpec
+
+SHAPES = [(40, 640), (333, 777), (1, 64), (100, 1100)]
+TOKENS = [1, 9, 20, 40]
+
+
+def kinds(plans: list[plan.Plan]) -> list[plan.Plan]:
+    """The best plan of every kind."""
+    best: dict[tuple[bool, bool, int], plan.Plan] = {}
+    for candidate in plans:
+        best.setdefault((candidate.ways > 1, candidate.split > 1, candidate.row_tiles), candidate)
+    return list(best.values())
+
+
+def main() -> None:
+    """Run all cases and check their answers too."""
+    launches = 0
+    for n, k in SHAPES:
+        for bits in (2, 3, 4):
+            for group, vector in ((32, 1), (64, 1), (128, 2 if k % 2 == 0 else 1), (-1, 1)):
+                dtype = torch.bfloat16 if group == 64 else torch.float16
+                spec = QuantSpec(bits, group, "custom", vector)
+                problem = Problem(Case(n, k, spec, dtype))
+                given = (pack_weight(problem.weight, bits, k), pack_scales(problem.scales))
+                assert torch.equal(problem.dequantized(), problem.dense)
+                for m in TOKENS:
+                    x = torch.randn(m, k, device="cuda").to(dtype)
+                    exact = x.double() @ problem.decoded(torch.float64).T
+                    size = (x.double().abs() @ problem.decoded(torch.float64).abs().T).norm()
+                    for forced in kinds(plan.candidates(cuda.gpu(0), m, n, k, bits, spec.group(k))):
+                        y = cuda.decode(x, *given, problem.table, None, n, bits, group, forced=forced)
+                        assert y is not None and (y.double() - exact).norm() / size < 1e-3, (forced, relative(y, exact))
+                        launches += 1
+    torch.cuda.synchronize()
+    print(f"{launches} decode launches, all answers right")
+
+
+if __name__ == "__main__":
+    main()
