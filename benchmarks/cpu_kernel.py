@@ -19,17 +19,10 @@ from pathlib import Path
 import torch
 
 import flute
+from flute.bench.machine import processor
 from flute.kernels import cpu
 
 N, K, GROUP = 14336, 4096, 64
-
-
-def cpu_model() -> str:
-    """What the machine calls its processor."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def contenders(tokens: int) -> dict[str, Callable[[], torch.Tensor]]:
@@ -77,7 +70,7 @@ def main() -> None:
     if not cpu.available():
         raise SystemExit(cpu.build_hint())
     torch.set_num_threads(options.threads)
-    machine = f"{cpu_model()}, {options.threads} threads"
+    machine = f"{processor()}, {options.threads} threads"
     versions = f"flute {flute.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
     today = datetime.date.today().isoformat()
     print(f"{machine}; {versions}; {today}; N={N} K={K} group={GROUP}; ms, median (best) of {options.repeats}")

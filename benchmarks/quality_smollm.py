@@ -26,6 +26,7 @@ import torch
 import transformers
 
 import flute
+from flute.bench.machine import processor
 from flute.checkpoint import streaming
 from flute.checkpoint.plan import make_plan
 from flute.checkpoint.shards import read_headers
@@ -99,7 +100,7 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
     if options.device == "cuda":
         name, arithmetic = torch.cuda.get_device_name(), "float16"
     else:
-        name, arithmetic = _processor(), "perplexity float32, speed float16"
+        name, arithmetic = processor(), "perplexity float32, speed float16"
     return {
         "device": options.device,
         "machine": name,
@@ -114,14 +115,6 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
         "model": options.label or options.model,
         "text": Path(options.text).name,
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:

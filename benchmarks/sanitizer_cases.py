@@ -41,7 +41,7 @@ def main() -> None:
                 assert torch.equal(problem.dequantized(), problem.dense)
                 for m in TOKENS:
                     x = torch.randn(m, k, device="cuda").to(dtype)
-                    exact = x.double() @ problem.decoded(torch.float64).T
+                    exact = problem.exact(x)
                     size = (x.double().abs() @ problem.decoded(torch.float64).abs().T).norm()
                     for forced in kinds(plan.candidates(cuda.gpu(0), m, n, k, bits, spec.group(k))):
                         y = cuda.decode(x, *given, problem.table, None, n, bits, group, forced=forced)

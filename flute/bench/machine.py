@@ -21,7 +21,8 @@ def _driver() -> str:
         return "unknown"
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The CPU's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -34,7 +35,7 @@ def describe() -> str:
     if torch.cuda.is_available():
         where = f"{torch.cuda.get_device_name()}, driver {_driver()}"
     else:
-        where = f"{_processor()}, {torch.get_num_threads()} threads"
+        where = f"{processor()}, {torch.get_num_threads()} threads"
     versions = []
     for name in _PACKAGES:
         try:

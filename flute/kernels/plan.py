@@ -124,7 +124,7 @@ def _step_cycles(gpu: Gpu, tokens: int, bits: int, block: int, token_tiles: int,
     """Cycles of one chunk step of one warp: its share of the SM's narrowest pipe, and its latency when alone.
 
     Instructions, shared-memory wavefronts and bytes are counted from the kernel; the factors on them and on the latency
-    were fitted to 60 problems x 14 plans measured on one H100 (docs/kernel-log.md).
+    were fitted to 861 timings of one H100 (docs/kernel-log.md, benchmarks/results/plan_sweep_h100.csv).
     """
     lookups = 32 if bits > 2 else 16
     sets = CHUNK_K // block
