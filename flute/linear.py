@@ -94,18 +94,22 @@ class LutLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., K) -> (..., N). Under autocast in 16 bits: the layer's own type if it is one, else autocast's."""
-        dtype = self.scales.dtype
+        # attributes of a module are looked up in Python, so each is read once; casts are skipped where nothing changes
+        weight, table, spec = self.weight, self.table, self.spec
+        scales: torch.Tensor = self.scales
+        bias: torch.Tensor | None = self.bias
+        dtype = scales.dtype
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type) if dtype == torch.float32 else dtype
             x = x.to(dtype)
         # PEFT's prepare_model_for_kbit_training makes every 16-bit parameter float32, and leaves buffers alone
-        scales, table = self.scales.to(dtype), self.table.to(dtype)
-        bias = None if self.bias is None else self.bias.to(dtype)
+        if not scales.dtype == table.dtype == dtype:
+            scales, table = scales.to(dtype), table.to(dtype)
+        if bias is not None and bias.dtype != dtype:
+            bias = bias.to(dtype)
         # under tensor parallelism these are this rank's rows and out_features is the sum over ranks
-        rows = self.out_features if self.in_kernel_order else self.weight.shape[0]
-        return torch.ops.flute.lut_linear(
-            x, self.weight, scales, table, bias, rows, self.spec.bits, self.spec.group_size
-        )
+        rows = self.out_features if weight.dim() == 3 else weight.shape[0]
+        return torch.ops.flute.lut_linear(x, weight, scales, table, bias, rows, spec.bits, spec.group_size)
 
     def dequantize(self) -> torch.Tensor:
         """The weight (N, K) in the layer's dtype, as the kernels see it."""

@@ -46,7 +46,7 @@ def complaints(text: str) -> list[str]:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_variant(arch: str, bits: int) -> None:
     found = [dict(variant) for variant in plan.variants() if dict(variant)["BITS"] == bits]
-    assert len(found) == 30
+    assert len(found) == 28
     for macros in found:
         assert not complaints(report("decode.cu", macros, arch)), macros
     for bf16 in (0, 1):

@@ -32,7 +32,7 @@ def test_plans_are_legal(name: str, m: int, n: int, k: int, bits: int, group: in
     assert made.shared_bytes <= gpu.shared_bytes
     assert made.tokens <= 8 * made.token_tiles
     assert made.passes * made.tokens >= m > (made.passes - 1) * made.tokens
-    assert made.warps <= plan._MAX_WARPS[made.token_tiles] <= 16
+    assert made.warps <= plan._MAX_WARPS[made.token_tiles, made.row_tiles] <= 16
     assert made.ways == 1 or gpu.has_clusters
     assert 32 % (made.ways * made.split) == 0
     assert made.clusters == 1 or made.clusters * made.passes <= dict(gpu.clusters)[made.split]

@@ -21,11 +21,12 @@ from .layout import CHUNK_K, TILE_ROWS, chunk_bytes
 
 _TABLE_BYTES = {4: 32768, 3: 8192, 2: 32768}
 _SCALE_BYTES = 128
-_MAX_WARPS = {1: 16, 2: 10, 4: 8}  # by token tiles: more tokens need more registers a thread
-_ROW_TILES = {1: (1,), 2: (1, 2), 4: (1, 2)}
-_IN_FLIGHT_BYTES = (
-    40 * 1024
-)  # codes on their way per SM that saturate the memory (latency x bandwidth / SMs, and slack)
+# By token tiles and row tiles: what a warp takes at once needs registers, and none may spill. A quarter of an SM has a
+# quarter of its registers, so nine warps are as hard to fit as twelve.
+_MAX_WARPS = {(1, 1): 16, (2, 1): 10, (2, 2): 8, (4, 1): 8, (4, 2): 8}
+_SPILLING = {(4, 2, 32)}  # (token tiles, row tiles, group block) that do not fit into 255 registers everywhere
+_TOKEN_TILES = (1, 2, 4)
+_IN_FLIGHT_BYTES = 40 * 1024  # codes on their way per SM that saturate the memory: latency x bandwidth / SMs, and slack
 MAX_IN_FEATURES = 1 << 20  # block and group arithmetic in the kernel is exact up to here
 
 
@@ -91,7 +92,7 @@ def decode_macros(
         ("TOKEN_TILES", token_tiles),
         ("ROW_TILES", row_tiles),
         ("STAGES", stages),
-        ("MAX_THREADS", 32 * _MAX_WARPS[token_tiles]),
+        ("MAX_THREADS", 32 * _MAX_WARPS[token_tiles, row_tiles]),
     )
 
 
@@ -102,8 +103,8 @@ def variants() -> list[tuple[tuple[str, int], ...]]:
         for bits in (2, 3, 4)
         for bf16 in (False, True)
         for block in (32, 64, 128)
-        for tiles, choices in _ROW_TILES.items()
-        for rows in choices
+        for tiles, rows in _MAX_WARPS
+        if (tiles, rows, block) not in _SPILLING
     ]
 
 
@@ -151,12 +152,12 @@ def _candidate(
     """The plan with these numbers, or None where shared memory, threads or the GPU do not allow it."""
     tokens = -(-m // passes)
     passes = -(-m // tokens)
-    token_tiles = next((tiles for tiles in _ROW_TILES if tokens <= 8 * tiles), 0)
+    token_tiles = next((tiles for tiles in _TOKEN_TILES if tokens <= 8 * tiles), 0)
     warps, participants = rows * ways, ways * split
     chunks, units = ceil(k / CHUNK_K), ceil(n / (TILE_ROWS * row_tiles))
     together = dict(gpu.clusters).get(split, 0)
     clusters = max(min(together, 1), together // passes)  # passes beyond what fits at once wait their turn
-    if not token_tiles or row_tiles not in _ROW_TILES[token_tiles] or warps > _MAX_WARPS[token_tiles]:
+    if warps > _MAX_WARPS.get((token_tiles, row_tiles), 0) or (token_tiles, row_tiles, block) in _SPILLING:
         return None
     if clusters == 0 or participants > min(32, chunks) or (ways > 1 and not gpu.has_clusters):
         return None
