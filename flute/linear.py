@@ -16,7 +16,7 @@ from torch import nn
 
 from .kernels import layout, ops  # noqa: F401  (ops makes torch.ops.flute)
 from .packing import pack_codes
-from .quantize import quantize
+from .quantize import Quantized, quantize
 from .spec import CUSTOM_TABLE, QuantSpec
 from .tables import named_table, resolve_table
 
@@ -83,12 +83,16 @@ class LutLinear(nn.Linear):
             linear.in_features, linear.out_features, spec,
             bias=linear.bias is not None, device=weight.device, dtype=weight.dtype,
         )  # fmt: skip
-        made.weight.data = pack_codes(quantized.codes, spec.code_bits)
-        made.scales.data = quantized.scales
         made.table.copy_(resolve_table(spec, table))
         if linear.bias is not None:
             made.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=linear.bias.requires_grad)
-        return made.arrange()
+        return made.store(quantized)
+
+    def store(self, quantized: Quantized) -> LutLinear:
+        """Take codes (N, K / vector_size) and scales (N, G) in the place of those here. Returns self."""
+        self.weight.data = pack_codes(quantized.codes, self.spec.code_bits)
+        self.scales.data = quantized.scales
+        return self.arrange()
 
     # ---- forward ---------------------------------------------------------------------------------------------------
 
@@ -112,15 +116,10 @@ class LutLinear(nn.Linear):
         return torch.ops.flute.lut_linear(x, weight, scales, table, bias, rows, spec.bits, spec.group_size)
 
     def dequantize(self) -> torch.Tensor:
-        """The weight (N, K) in the layer's dtype, as the kernels see it."""
+        """The weight (N, K) in the dtype of the scales, as the kernels see it."""
+        scales, table, spec = self.scales, self.table, self.spec
         return torch.ops.flute.dequantize(
-            self.weight,
-            self.scales,
-            self.table,
-            self.out_features,
-            self.in_features,
-            self.spec.bits,
-            self.spec.group_size,
+            self.weight, scales, table.to(scales.dtype), self.out_features, self.in_features, spec.bits, spec.group_size
         )
 
     # ---- where the codes lie -----------------------------------------------------------------------------------------
@@ -145,7 +144,7 @@ class LutLinear(nn.Linear):
         """
         if hasattr(self.weight, "device_mesh"):  # a DTensor, whose module not every torch build has
             return self
-        wanted = self.weight.is_cuda and layout.supports(self.spec, self.in_features)
+        wanted = self.weight.is_cuda and layout.supports(self.spec.group_size, self.in_features)
         if wanted and not self.in_kernel_order:
             self.weight.data = layout.pack_weight(self.weight.data, self.spec.bits, self.in_features)
             self.scales.data = layout.pack_scales(self.scales.data)

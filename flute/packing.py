@@ -9,9 +9,18 @@ This layout belongs to no GPU: every kernel makes its own order from it at load 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from .errors import OperatorError
+
+_SLICE_CODES = 1 << 23  # rows are taken in slices: 16 bytes of scratch a code would be gigabytes for a large layer
+
+
+def _by_rows(tensor: torch.Tensor, codes_per_row: int, convert: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    parts = tensor.split(max(1, _SLICE_CODES // max(1, codes_per_row)))
+    return convert(parts[0]) if len(parts) == 1 else torch.cat([convert(part) for part in parts])
 
 
 def pack_codes(codes: torch.Tensor, code_bits: int) -> torch.Tensor:
@@ -26,6 +35,10 @@ def pack_codes(codes: torch.Tensor, code_bits: int) -> torch.Tensor:
         raise OperatorError(f"code_bits={code_bits} is outside 1..8")
     if code_bits < 8 and codes.numel() and int(codes.max()) >> code_bits:
         raise OperatorError(f"code {int(codes.max())} does not fit in {code_bits} bits")
+    return _by_rows(codes, codes.shape[1], lambda part: _pack(part, code_bits))
+
+
+def _pack(codes: torch.Tensor, code_bits: int) -> torch.Tensor:
     rows, count = codes.shape
     eights = -(-count // 8)
     block = torch.nn.functional.pad(codes, (0, eights * 8 - count)).view(rows, eights, 8).to(torch.int64)
@@ -47,6 +60,10 @@ def unpack_codes(packed: torch.Tensor, code_bits: int, count: int) -> torch.Tens
             f"packed is {tuple(packed.shape)} {packed.dtype}; {count} codes of {code_bits} bits need uint8 "
             f"(N, {-(-count * code_bits // 8)})"
         )
+    return _by_rows(packed, count, lambda part: _unpack(part, code_bits, count))
+
+
+def _unpack(packed: torch.Tensor, code_bits: int, count: int) -> torch.Tensor:
     rows = packed.shape[0]
     eights = -(-count // 8)
     padded = torch.nn.functional.pad(packed, (0, eights * code_bits - packed.shape[1]))

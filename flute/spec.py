@@ -24,6 +24,11 @@ def _whole(field: str, value: object) -> int:
     return value
 
 
+def whole_group(group_size: int, in_features: int) -> int:
+    """``group_size`` in weights for a row of K = ``in_features``: never -1, never more than K."""
+    return in_features if group_size == -1 else min(group_size, in_features)
+
+
 @dataclass(frozen=True, slots=True)
 class QuantSpec:
     """How one weight matrix W (N, K) is stored: ``W ~ table[codes] * scales``.
@@ -80,8 +85,8 @@ class QuantSpec:
         return (1 << self.bits,) if self.vector_size == 1 else (1 << self.code_bits, 2)
 
     def group(self, in_features: int) -> int:
-        """The group size in weights for a row of K = ``in_features``: never -1, never more than K."""
-        return in_features if self.group_size == -1 else min(self.group_size, in_features)
+        """The group size in weights for a row of K = ``in_features``; see `whole_group`."""
+        return whole_group(self.group_size, in_features)
 
     def num_groups(self, in_features: int) -> int:
         """Scales per row: ``ceil(K / group)``."""

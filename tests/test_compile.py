@@ -3,19 +3,14 @@
 import re
 
 import pytest
+from compiler import needs_nvrtc
 
 from flute.errors import CompileError
 from flute.kernels import jit, plan
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 
-try:
-    jit.nvrtc_version()
-    MISSING = ""
-except CompileError as error:
-    MISSING = str(error)
-
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+pytestmark = needs_nvrtc
 
 
 class Log:

@@ -8,6 +8,7 @@ import torch
 from flute.bench.correctness import Case, Problem, check_decoding, check_errors, check_integers, relative, specs
 from flute.errors import OperatorError
 from flute.kernels import cuda, layout, ops, plan
+from flute.kernels.reference import decode
 from flute.linear import LutLinear
 from flute.spec import QuantSpec
 
@@ -161,7 +162,7 @@ def test_opcheck_and_compile(m: int) -> None:
 def test_moving_a_layer_is_exact() -> None:
     for spec in (QuantSpec(), QuantSpec(3, 96, "nf3"), QuantSpec(2, 48, "nf2")):
         linear = layer(333, 777, spec)
-        assert linear.in_kernel_order == layout.supports(spec, 777)
+        assert linear.in_kernel_order == layout.supports(spec.group_size, 777)
         before = {name: tensor.cpu() for name, tensor in linear.state_dict().items()}
         assert before["weight"].shape == (333, spec.row_bytes(777))
         back = linear.cpu()
@@ -170,6 +171,14 @@ def test_moving_a_layer_is_exact() -> None:
         again = back.cuda()
         again.load_state_dict(before)
         assert all(torch.equal(tensor.cpu(), before[name]) for name, tensor in again.state_dict().items())
+
+
+def test_a_layer_cast_to_float32_still_decodes() -> None:
+    linear = layer()
+    codes, scales = linear.checkpoint_tensors()
+    wide = linear.float()
+    exact = decode(codes, scales.float(), wide.table, 2048, 4, 64)
+    assert torch.equal(wide.dequantize(), exact)
 
 
 def test_checkpoint_order_on_the_gpu_gives_the_same() -> None:

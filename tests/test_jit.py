@@ -5,19 +5,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from compiler import needs_nvrtc
 
 from flute.errors import CompileError, FluteError
 from flute.kernels import jit
 
 KERNEL = 'extern "C" __global__ void one(int* out) { out[threadIdx.x] = 1; }'
 
-try:
-    jit.nvrtc_version()
-    MISSING = ""
-except CompileError as error:
-    MISSING = str(error)
-
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+pytestmark = needs_nvrtc
 
 
 @pytest.fixture

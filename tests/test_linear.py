@@ -54,6 +54,14 @@ def test_a_named_table_is_rounded_once_whatever_the_way() -> None:
     assert lut.scales.dtype == torch.bfloat16 and lut.weight.dtype == torch.uint8
 
 
+def test_it_decodes_with_the_float32_scales_of_kbit_training() -> None:
+    _, lut = made(QuantSpec(), torch.bfloat16)
+    right = lut.dequantize()
+    lut.scales.data = lut.scales.data.float()
+    assert lut.dequantize().dtype == torch.float32
+    assert torch.equal(lut.dequantize().to(torch.bfloat16), right)
+
+
 def test_meta_then_empty() -> None:
     lut = LutLinear(96, 40, QuantSpec(), device="meta", dtype=torch.float16)
     assert lut.weight.shape == (40, 48) and lut.to(torch.bfloat16).weight.is_meta

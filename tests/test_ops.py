@@ -116,6 +116,9 @@ def test_refusals_are_one_readable_line() -> None:
         "x is a scalar": lambda: lut_linear(torch.tensor(1.0).half(), weight, scales, p.table, spec=spec),
         "bits=5": lambda: torch.ops.flute.lut_linear(x, weight, scales, p.table, None, 24, 5, 32),
         "group_size=0": lambda: torch.ops.flute.lut_linear(x, weight, scales, p.table, None, 24, 4, 0),
+        "group_size=48 in kernel order": lambda: torch.ops.flute.dequantize(
+            torch.zeros(2, 1, 1024, dtype=torch.uint8), scales, p.table, 24, 96, 4, 48
+        ),
         "two devices": lambda: lut_linear(x, weight, scales, p.table.to("meta"), spec=spec),
     }
     for words, call in wrong.items():

@@ -69,7 +69,7 @@ class Problem:
         self.case, self.spec, self.table = case, spec, table
         self.weight, self.scales = pack_codes(codes, spec.code_bits), scales
         self.given = (self.weight, self.scales)
-        if case.device != "cpu" and layout.supports(spec, k):
+        if case.device != "cpu" and layout.supports(spec.group_size, k):
             self.given = (layout.pack_weight(self.weight, spec.bits, k), layout.pack_scales(scales))
         self.dense = self.decoded(case.dtype)
 

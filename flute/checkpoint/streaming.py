@@ -23,7 +23,6 @@ from .files import CONFIG
 from .plan import Layer, Plan
 from .shards import INDEX, ShardWriter, index_json, open_shard, read_header, write_shard
 
-_PACKED_AT_ONCE = 1 << 23
 Progress = Callable[[str, int], None]  # name of a layer, and how many of its weights are now done
 
 
@@ -100,10 +99,7 @@ def _write_layer(
 ) -> None:
     own = table if layer.spec.table == CUSTOM_TABLE else None
     made = quantize(weight, layer.spec, table=own, scale=scale, scale_dtype=dtype, name=layer.name)
-    # packing takes 16 bytes of scratch a code, which for a layer of a 70B would be gigabytes
-    rows = max(1, _PACKED_AT_ONCE // made.codes.shape[1])
-    packed = torch.cat([pack_codes(part, layer.spec.code_bits) for part in made.codes.split(rows)])
-    target.write(f"{layer.prefix}.weight", packed)
+    target.write(f"{layer.prefix}.weight", pack_codes(made.codes, layer.spec.code_bits))
     target.write(f"{layer.prefix}.scales", made.scales)
     if own is not None:
         target.write(f"{layer.prefix}.table", resolve_table(layer.spec, own).to(dtype))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -136,8 +137,6 @@ def write_results(rows: list[Row], output: Path) -> list[Path]:
     files = [output / "results.json", output / "results.csv"]
     write_json(files[0], values)
     with whole_file(files[1]) as file:
-        import io
-
         lines = io.StringIO(newline="")
         writer = csv.DictWriter(lines, fieldnames=list(values[0]))
         writer.writeheader()

@@ -124,25 +124,11 @@ def _self_test(device: str, tokens: tuple[int, ...]) -> str:
     """Small integers with scales that are powers of two: every path must give exactly the integer result."""
     import torch
 
-    from ..kernels import ops
-    from ..packing import pack_codes
+    from ..bench.correctness import Case, check_integers
     from ..spec import QuantSpec
-    from ..tables import named_table
 
-    spec = QuantSpec(bits=4, group_size=64, table="int4")
-    n, k = 72, 192
-    draw = torch.Generator().manual_seed(0)
-    codes = torch.randint(0, 16, (n, k), generator=draw, dtype=torch.uint8)
-    powers = torch.randint(0, 2, (n, spec.num_groups(k)), generator=draw)
-    dense = (codes.long() - 8) * (1 << powers).repeat_interleave(64, 1)
-    wrong = []
-    for m in tokens:
-        x = torch.randint(-1, 2, (m, k), generator=draw)  # sums stay below 2048: exact in float16
-        weight = pack_codes(codes, spec.code_bits).to(device)
-        x16, scales, table = (t.to(device, torch.float16) for t in (x, 1 << powers, named_table("int4")))
-        y = ops.lut_linear(x16, weight, scales, table, spec=spec)
-        if not torch.equal(y.double().cpu(), (x @ dense.T).double()):
-            wrong.append(str(m))
+    case = Case(72, 192, QuantSpec(bits=4, group_size=64, table="custom"), torch.float16, device)
+    wrong = [str(m) for m in tokens if check_integers(case, m)]
     if wrong:
         return f"FAILED for {', '.join(wrong)} tokens: the operator does not give the exact integer result"
     return f"exact for {', '.join(map(str, tokens))} tokens"

@@ -21,8 +21,7 @@ from torch import nn
 from .. import __version__
 from ..errors import FluteError, IntegrationError
 from ..linear import LutLinear
-from ..packing import pack_codes
-from ..quantize import dequantize, quantize
+from ..quantize import Quantized, dequantize, quantize
 from ..spec import QuantSpec
 from ..tables import named_table
 from .hooks import attach_hook, release_hook
@@ -92,22 +91,19 @@ def prepare_model_flute(
 def _quantized(name: str, linear: nn.Linear, spec: QuantSpec, scales: torch.Tensor | None, fake: bool) -> nn.Linear:
     weight = linear.weight.detach()
     if scales is None:
-        codes, scales = quantize(weight, spec, scale_dtype=weight.dtype, name=name)
+        made = quantize(weight, spec, scale_dtype=weight.dtype, name=name)
     else:
-        codes, scales = _with_scales(name, weight, spec, scales)
+        made = _with_scales(name, weight, spec, scales)
     if fake:
-        linear.weight.data = dequantize(codes, scales, spec, dtype=weight.dtype)
+        linear.weight.data = dequantize(*made, spec, dtype=weight.dtype)
         return linear
     spec.check_layer(name, *weight.shape)
     layer = LutLinear(linear.in_features, linear.out_features, spec, device=weight.device, dtype=weight.dtype)
-    layer.weight.data, layer.scales.data = pack_codes(codes, spec.code_bits), scales
     layer.bias = linear.bias
-    return layer.arrange()
+    return layer.store(made)
 
 
-def _with_scales(
-    name: str, weight: torch.Tensor, spec: QuantSpec, scales: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _with_scales(name: str, weight: torch.Tensor, spec: QuantSpec, scales: torch.Tensor) -> Quantized:
     """Codes (N, K) nearest under given scales (N, G)."""
     rows, width = weight.shape
     if scales.numel() != rows * spec.num_groups(width) or not bool(torch.isfinite(scales).all()):
@@ -119,7 +115,7 @@ def _with_scales(
     spread = stored.float().repeat_interleave(spec.group(width), dim=1)[:, :width]
     table = named_table(spec.table).to(device=weight.device, dtype=weight.dtype).float()
     unit = weight.float() / torch.where(spread == 0, torch.ones_like(spread), spread)
-    return torch.bucketize(unit, (table[1:] + table[:-1]) / 2).to(torch.uint8), stored
+    return Quantized(torch.bucketize(unit, (table[1:] + table[:-1]) / 2).to(torch.uint8), stored)
 
 
 def quantize_hf_model(

@@ -50,9 +50,8 @@ def swap_linears(model: nn.Module, specs: Mapping[str, QuantSpec], *, pre_quanti
             bias=linear.bias is not None, device="meta", dtype=linear.weight.dtype,
         )  # fmt: skip
         if pre_quantized:
-            for (
-                parameter
-            ) in layer.parameters():  # offloaded ones stay on meta, where the loader would draw random numbers
+            # offloaded ones stay on meta, where the loader would draw random numbers
+            for parameter in layer.parameters():
                 _mark_loaded(parameter)
         else:
             layer.weight = linear.weight

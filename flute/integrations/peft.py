@@ -23,7 +23,6 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 
 from ..errors import IntegrationError
 from ..linear import LutLinear
-from ..packing import pack_codes
 from ..quantize import quantize
 from ..spec import CUSTOM_TABLE
 
@@ -85,5 +84,4 @@ def _merge(name: str, lora: Any, adapters: Sequence[str]) -> None:
         weight += lora.get_delta_weight(adapter).to(weight)
     table = base.table.float() if base.spec.table == CUSTOM_TABLE else None
     made = quantize(weight, base.spec, table=table, scale_dtype=base.scales.dtype, name=name)
-    base.weight.data, base.scales.data = pack_codes(made.codes, base.spec.code_bits), made.scales
-    base.arrange()
+    base.store(made)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..errors import OperatorError
+from ..spec import whole_group
 from . import jit, layout, plan
 
 _MINIMUM_CAPABILITY = (8, 0)
@@ -146,7 +147,7 @@ def decode(
     """
     m, k = x.shape
     n, device, bf16 = out_features, x.device, x.dtype == torch.bfloat16
-    group = k if group_size == -1 else min(group_size, k)
+    group = whole_group(group_size, k)
     chosen = forced or plan.make(gpu(device.index), m, n, k, bits, group)
     if chosen is None:
         return None
@@ -190,7 +191,7 @@ def dequantize(
 ) -> torch.Tensor:
     """W (N, K) from kernel order, in the scales' dtype (16 bits)."""
     n, k, device = out_features, in_features, weight.device
-    group = k if group_size == -1 else min(group_size, k)
+    group = whole_group(group_size, k)
     out = torch.empty(n, k, dtype=scales.dtype, device=device)
     macros = (("BITS", bits), ("BF16", int(scales.dtype == torch.bfloat16)))
     kernel = _kernel(device.index, "dequantize.cu", macros, "lut_dequantize")

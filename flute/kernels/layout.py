@@ -36,7 +36,7 @@ from functools import cache
 import torch
 
 from ..packing import pack_codes, unpack_codes
-from ..spec import QuantSpec
+from ..spec import whole_group
 
 TILE_ROWS = 16
 CHUNK_K = 128
@@ -52,9 +52,12 @@ def chunk_bytes(bits: int) -> int:
     return 32 * 4 * _LANE_WORDS[bits]
 
 
-def supports(spec: QuantSpec, in_features: int) -> bool:
-    """Whether the kernels take this spec natively: groups must not end inside a block of 32 positions."""
-    group = spec.group(in_features)
+def supports(group_size: int, in_features: int) -> bool:
+    """Whether kernel order, and so the CUDA kernels, take groups of ``group_size`` (-1: the whole row).
+
+    Groups must not end inside a block of 32 positions.
+    """
+    group = whole_group(group_size, in_features)
     return group == in_features or group % _BLOCK_K == 0
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import OperatorError
-from ..spec import QuantSpec
+from ..spec import QuantSpec, whole_group
 from . import cpu, layout, reference
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -54,11 +54,14 @@ def _check_weight(
         _refuse(f"weight of {n} x {k}; both must be positive")
     if tuple(table.shape) not in ((1 << bits,), (1 << 2 * bits, 2)):
         _refuse(f"table {tuple(table.shape)} does not fit bits={bits}; expected {(1 << bits,)} or {(1 << 2 * bits, 2)}")
-    if table.dim() == 2 and (k % 2 or (group_size > 0 and min(group_size, k) % 2)):
+    group = whole_group(group_size, k)
+    if table.dim() == 2 and (k % 2 or group % 2):
         _refuse(f"a table of pairs needs even K and group_size, got K={k}, group_size={group_size}")
-    groups = 1 if group_size == -1 else -(-k // group_size)
+    groups = -(-k // group)
     shapes: tuple[tuple[int, ...], tuple[int, ...]]
     if weight.dim() == 3:
+        if not layout.supports(group_size, k):
+            _refuse(f"group_size={group_size} in kernel order; its groups are multiples of 32 or the whole row of {k}")
         shapes = (layout.packed_shape(n, k, bits), (-(-n // layout.TILE_ROWS), groups, layout.TILE_ROWS))
     else:
         shapes = ((n, -(-k * bits // 8)), (n, groups))
@@ -118,12 +121,12 @@ def _dequantize(
     group_size: int,
 ) -> torch.Tensor:
     _check_weight(weight, scales, table, out_features, in_features, bits, group_size)
-    if weight.is_cuda and weight.dim() == 3:
+    if weight.is_cuda and weight.dim() == 3 and scales.dtype != torch.float32:  # that kernel writes 16 bits
         from . import cuda
 
         return cuda.dequantize(weight, scales, table, out_features, in_features, bits, group_size)
     if not weight.is_cuda and cpu.available():
-        group = in_features if group_size == -1 else min(group_size, in_features)
+        group = whole_group(group_size, in_features)
         return cpu.dequantize(weight, scales, table, in_features, bits=bits, group_size=group, vector_size=table.dim())
     plain = _checkpoint_order(weight, scales, out_features, in_features, bits)
     return reference.decode(*plain, table, in_features, bits, group_size)
@@ -158,7 +161,7 @@ def _lut_linear_cpu(
     if flat.shape[0] == 0:
         return x.new_empty(*x.shape[:-1], out_features)
     if flat.shape[0] <= _CPU_KERNEL_TOKENS and cpu.available():
-        group = k if group_size == -1 else min(group_size, k)
+        group = whole_group(group_size, k)
         y = cpu.lut_linear(
             flat.contiguous(), weight.contiguous(), scales.contiguous(), table.contiguous(), bias,
             bits=bits, group_size=group, vector_size=table.dim(),
@@ -185,9 +188,8 @@ def _lut_linear_cuda(
     m = flat.shape[0]
     if m == 0:
         return x.new_empty(*x.shape[:-1], out_features)
-    group = k if group_size == -1 else group_size
     y = None
-    if m <= DECODE_TOKENS and (group >= k or group % 32 == 0):
+    if m <= DECODE_TOKENS and layout.supports(group_size, k):
         from . import cuda
 
         if weight.dim() == 2:  # an offloaded layer, moved here for this call only

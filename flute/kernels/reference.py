@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from ..packing import unpack_codes
+from ..spec import whole_group
 
 _SLICE_WEIGHTS = 1 << 24  # rows are decoded in slices so that index scratch stays near 128 MB
 
@@ -32,7 +33,7 @@ def decode(
     dtype = dtype or scales.dtype
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     vector = 1 if table.dim() == 1 else 2
-    group = in_features if group_size == -1 else min(group_size, in_features)
+    group = whole_group(group_size, in_features)
     rows = weight.shape[0]
     out = torch.empty(rows, in_features, dtype=dtype, device=weight.device)
     step = max(1, _SLICE_WEIGHTS // in_features)
