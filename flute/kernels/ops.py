@@ -157,13 +157,13 @@ def _lut_linear_cpu(
     group_size: int,
 ) -> torch.Tensor:
     k = _check(x, weight, scales, table, bias, out_features, bits, group_size)
-    flat = x.reshape(-1, k)
+    flat = x.reshape(-1, k).contiguous()  # torch's matmul may round otherwise for other strides
     if flat.shape[0] == 0:
         return x.new_empty(*x.shape[:-1], out_features)
     if flat.shape[0] <= _CPU_KERNEL_TOKENS and cpu.available():
         group = whole_group(group_size, k)
         y = cpu.lut_linear(
-            flat.contiguous(), weight.contiguous(), scales.contiguous(), table.contiguous(), bias,
+            flat, weight.contiguous(), scales.contiguous(), table.contiguous(), bias,
             bits=bits, group_size=group, vector_size=table.dim(),
         )  # fmt: skip
     else:
@@ -184,7 +184,7 @@ def _lut_linear_cuda(
     k = _check(x, weight, scales, table, bias, out_features, bits, group_size)
     if x.dtype == torch.float32:
         _refuse("x is float32; the CUDA kernels take float16 and bfloat16, cast x and the layer")
-    flat = x.reshape(-1, k)
+    flat = x.reshape(-1, k).contiguous()  # torch's matmul may round otherwise for other strides
     m = flat.shape[0]
     if m == 0:
         return x.new_empty(*x.shape[:-1], out_features)
