@@ -2,7 +2,8 @@
 
     python benchmarks/kernel_speed.py --output benchmarks/results/kernel_speed_h100.csv
 
-fp16, group 64, any table; weights rotate through copies beyond three times the L2 cache; CUDA-graph replay; medians.
+fp16, group 64, any table; weights rotate through copies beyond three times the L2 cache; CUDA graphs replayed in turns;
+medians.
 ``ratio`` is dense over flute: above 1 flute is faster. ``ceiling_share`` is (codes + scales) / time over the read
 ceiling of the same GPU measured in the same run.
 """
@@ -11,50 +12,38 @@ from __future__ import annotations
 
 import argparse
 import csv
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from flute.bench.machine import describe
-from flute.bench.timing import copies_beyond_l2, microseconds, read_ceiling
+from flute.bench.timing import compare, copies_beyond_l2, read_ceiling
 from flute.kernels import layout
 from flute.kernels.ops import lut_linear
 from flute.spec import QuantSpec
 
+Call = Callable[[], torch.Tensor]
 SHAPES = [
     (4096, 4096), (1024, 4096), (6144, 4096), (14336, 4096), (28672, 4096), (4096, 14336), (8192, 8192), (28672, 8192),
     (128256, 4096),
 ]  # fmt: skip
-TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 1024]
+TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096]
 
 
-def dense_times(n: int, k: int, tokens: list[int], dtype: torch.dtype) -> dict[int, float]:
-    """Microseconds of torch's matmul for every number of tokens."""
-    weights = [torch.randn(n, k, device="cuda", dtype=dtype) for _ in range(copies_beyond_l2(2 * n * k))]
-    times = {}
-    for m in tokens:
-        x = torch.randn(m, k, device="cuda", dtype=dtype)
-        times[m] = microseconds([lambda w=w, x=x: F.linear(x, w) for w in weights])
-    return times
-
-
-def flute_times(n: int, k: int, spec: QuantSpec, tokens: list[int], dtype: torch.dtype) -> dict[int, float]:
-    """Microseconds of the operator for every number of tokens."""
+def calls(n: int, k: int, spec: QuantSpec, m: int, dtype: torch.dtype) -> tuple[list[Call], list[Call]]:
+    """torch's matmul, and the operator, on rotating weights."""
+    x = torch.randn(m, k, device="cuda", dtype=dtype)
+    dense = [torch.randn(n, k, device="cuda", dtype=dtype) for _ in range(copies_beyond_l2(2 * n * k))]
     shape = layout.packed_shape(n, k, spec.bits)
     copies = copies_beyond_l2(shape[0] * shape[1] * shape[2])
     weights = [torch.randint(0, 256, shape, device="cuda", dtype=torch.uint8) for _ in range(copies)]
     scales = [torch.rand(shape[0], spec.num_groups(k), 16, device="cuda").to(dtype) for _ in range(copies)]
     table = torch.randn(spec.table_shape, device="cuda").to(dtype)
-    times = {}
-    for m in tokens:
-        x = torch.randn(m, k, device="cuda", dtype=dtype)
-        times[m] = microseconds(
-            [
-                lambda w=w, s=s, x=x: lut_linear(x, w, s, table, spec=spec, out_features=n)
-                for w, s in zip(weights, scales, strict=True)
-            ]
-        )
-    return times
+    return [partial(F.linear, x, weight) for weight in dense], [
+        partial(lut_linear, x, w, s, table, spec=spec, out_features=n) for w, s in zip(weights, scales, strict=True)
+    ]
 
 
 def main() -> None:
@@ -63,6 +52,7 @@ def main() -> None:
     parser.add_argument("--output", required=True)
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
     parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     arguments = parser.parse_args()
     dtype, ceiling = getattr(torch, arguments.dtype), read_ceiling()
     head = f"{describe()}; {arguments.dtype}, group {arguments.group_size}, read ceiling {ceiling / 1e12:.2f} TB/s"
@@ -72,17 +62,17 @@ def main() -> None:
         writer = csv.writer(file)
         writer.writerow(["n", "k", "bits", "m", "dense_us", "flute_us", "ratio", "ceiling_share"])
         for n, k in SHAPES:
-            dense = dense_times(n, k, TOKENS, dtype)
-            for bits in (4, 3, 2):
-                spec = QuantSpec(bits, arguments.group_size, "custom")
-                times = flute_times(n, k, spec, TOKENS, dtype)
+            for bits in arguments.bits:
+                spec, ratios = QuantSpec(bits, arguments.group_size, "custom"), []
                 traffic = n * (spec.row_bytes(k) + 2 * spec.num_groups(k))
-                for m, spent in times.items():
-                    share = traffic / (1e-6 * spent) / ceiling
-                    row = [n, k, bits, m, f"{dense[m]:.2f}", f"{spent:.2f}", f"{dense[m] / spent:.2f}", f"{share:.2f}"]
-                    writer.writerow(row)
-                ratios = "  ".join(f"{m}:{dense[m] / spent:.2f}" for m, spent in times.items())
-                print(f"{n}x{k} {bits}bit  M=1 {times[1]:.1f} us  ratio by M  {ratios}", flush=True)
+                for m in TOKENS:
+                    dense, ours = compare(*calls(n, k, spec, m, dtype), replays=20 if m <= 256 else 8)
+                    share = traffic / (1e-6 * ours) / ceiling
+                    writer.writerow(
+                        [n, k, bits, m, f"{dense:.2f}", f"{ours:.2f}", f"{dense / ours:.2f}", f"{share:.2f}"]
+                    )
+                    ratios.append(f"{m}:{dense / ours:.2f}")
+                print(f"{n}x{k} {bits}bit  dense over flute by M  {'  '.join(ratios)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 
 cuda-bindings probes the driver for functions it may lack, which memcheck reports: add --report-api-errors no.
 Without torch's caching allocator every tensor is an allocation of its own: a read past its end is seen. Plans are
-forced, one of every kind: alone, sharing K among warps, among blocks of a cluster, both, and several passes.
+forced, one of every kind: alone, sharing K among warps, among blocks of a cluster, both, and several passes. At 130
+tokens only the matmul kernel has plans.
 """
 
 from __future__ import annotations
@@ -15,19 +16,24 @@ import argparse
 import torch
 
 from flute.bench.correctness import Case, Problem, relative
-from flute.kernels import cuda, plan
+from flute.kernels import cuda, plan, tiles
 from flute.kernels.layout import pack_scales, pack_weight
 from flute.spec import QuantSpec
 
 SHAPES = [(40, 640), (333, 777), (1, 64), (100, 1100)]
-TOKENS = [1, 9, 20, 40]
+TOKENS = [1, 9, 40, 130]
 
 
-def kinds(plans: list[plan.Plan]) -> list[plan.Plan]:
-    """The best plan of every kind."""
-    best: dict[tuple[bool, bool, int], plan.Plan] = {}
-    for candidate in plans:
-        best.setdefault((candidate.ways > 1, candidate.split > 1, candidate.row_tiles), candidate)
+def kinds(m: int, n: int, k: int, bits: int, group: int) -> list[plan.Plan | tiles.Tiling]:
+    """The best plan of every kind, of both kernels."""
+    gpu, best = cuda.gpu(0), {}
+    for one in plan.candidates(gpu, m, n, k, bits, group):
+        best.setdefault((one.ways > 1, one.split > 1, one.row_tiles, one.blocks), one)
+    if gpu.has_wgmma:
+        for tile in sorted(
+            tiles.candidates(gpu, m, n, k, bits, plan.group_block(group, k)), key=lambda tile: tile.cycles
+        ):
+            best.setdefault(("tile", tile.ways > 1, tile.split > 1, tile.per_sm), tile)
     return list(best.values())
 
 
@@ -48,12 +54,12 @@ def main() -> None:
                     x = torch.randn(m, k, device="cuda").to(dtype)
                     exact = problem.exact(x)
                     size = (x.double().abs() @ problem.decoded(torch.float64).abs().T).norm()
-                    for forced in kinds(plan.candidates(cuda.gpu(0), m, n, k, bits, spec.group(k))):
-                        y = cuda.decode(x, *given, problem.table, None, n, bits, group, forced=forced)
+                    for forced in kinds(m, n, k, bits, spec.group(k)):
+                        y = cuda.lut_linear(x, *given, problem.table, None, n, bits, group, forced=forced)
                         assert y is not None and (y.double() - exact).norm() / size < 1e-3, (forced, relative(y, exact))
                         launches += 1
     torch.cuda.synchronize()
-    print(f"{launches} decode launches, all answers right")
+    print(f"{launches} launches, all answers right")
 
 
 if __name__ == "__main__":

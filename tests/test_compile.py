@@ -6,7 +6,7 @@ import pytest
 from compiler import needs_nvrtc
 
 from flute.errors import CompileError
-from flute.kernels import jit, plan
+from flute.kernels import jit, plan, tiles
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 
@@ -32,27 +32,53 @@ def report(file: str, macros: dict[str, int], arch: str) -> str:
 
 
 def complaints(text: str) -> list[str]:
-    """Spills, stack frames and warnings in the compiler's report."""
+    """Spills, stack frames, warnings, and wgmma that the compiler makes wait for each other, in its report."""
     spilled = [line for line in re.findall(r"\d+ bytes stack frame.*", text) if set(re.findall(r"\d+", line)) != {"0"}]
-    return spilled + re.findall(r".*warning.*", text)
+    return spilled + re.findall(r".*(?:warning|Potential Performance Loss).*", text)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_variant(arch: str, bits: int) -> None:
     found = [dict(variant) for variant in plan.variants() if dict(variant)["BITS"] == bits]
-    assert len(found) == 28
+    assert len(found) > 28
     for macros in found:
-        assert not complaints(report("decode.cu", macros, arch)), macros
+        if macros["BLOCKS"] == 1 or arch == "sm_90":  # two blocks to an SM are planned on Hopper only
+            assert not complaints(report("decode.cu", macros, arch)), macros
     for bf16 in (0, 1):
         assert not complaints(report("dequantize.cu", {"BITS": bits, "BF16": bf16}, arch))
+
+
+H100 = plan.Gpu(132, 232448, "sm_90", ((1, 132), (2, 66), (3, 39), (4, 30), (8, 15)))
+
+
+@pytest.mark.parametrize("half", [0, 1])
+@pytest.mark.parametrize(
+    ("bits", "bf16", "group"), [(4, False, 64), (3, True, 32), (2, False, 128)], ids=["4bit", "3bit", "2bit"]
+)
+def test_every_tiling(bits: int, bf16: bool, group: int, half: int) -> None:
+    """All shapes of a tile at 4 bits; at the others those with the fewest registers to spare, and one in five."""
+    found = tiles.variants()
+    if bits != 4:
+        found = [one for number, one in enumerate(found) if number % 5 == 0 or one[0] in (96, 256)]
+    for tokens, rows, ways, per_sm in found[half::2]:
+        made = tiles.tiling(H100, tokens, 4096, 4096, bits, group, tokens, rows, ways, 1, per_sm)
+        if made is not None:
+            assert not complaints(report("matmul.cu", dict(made.macros(bits, bf16)), "sm_90a")), made
+
+
+def test_serialized_tensor_cores_would_be_seen() -> None:
+    """The check above can fail: 48 registers are too few for 16 tokens, and the compiler says what that costs."""
+    made = tiles.tiling(H100, 16, 4096, 4096, 4, 64, 16, 4, 1, 1, 1)
+    assert made is not None
+    assert complaints(report("matmul.cu", dict(made.macros(4, False)) | {"BLOCKS": 2}, "sm_90a"))
 
 
 @pytest.mark.parametrize("stages", [3, 6, 8])
 def test_ring_sizes(stages: int) -> None:
     """The ring's length is only a constant of the kernel: one architecture stands for all."""
     for macros in (dict(variant) for variant in plan.variants()):
-        if macros["BF16"] == 0 and macros["GROUP_BLOCK"] == 64:
+        if macros["BF16"] == 0 and macros["GROUP_BLOCK"] == 64 and stages <= plan._MOST_STAGES[macros["BLOCKS"]]:
             assert not complaints(report("decode.cu", macros | {"STAGES": stages}, "sm_90")), macros
 
 

@@ -7,7 +7,7 @@ import torch
 
 from flute.bench.correctness import Case, Problem, check_decoding, check_errors, check_integers, relative, specs
 from flute.errors import OperatorError
-from flute.kernels import cuda, layout, ops, plan
+from flute.kernels import cuda, layout, ops, plan, tiles
 from flute.kernels.reference import decode
 from flute.linear import LutLinear
 from flute.spec import QuantSpec
@@ -15,7 +15,7 @@ from flute.spec import QuantSpec
 pytestmark = pytest.mark.gpu
 
 SHAPES = [(1, 64), (333, 777), (576, 1536), (1024, 4096), (4096, 14336)]
-TOKENS = [1, 2, 7, 8, 9, 16, 17, 32, 33, 64, 65, 128]
+TOKENS = [1, 2, 7, 8, 9, 16, 17, 32, 33, 64, 65, 128, 200, 256, 257, 700]
 GROUPS = (32, 64, 96, 128, 256, -1)
 
 
@@ -46,8 +46,30 @@ def test_every_legal_plan_gives_exact_integers(bits: int) -> None:
         found = plan.candidates(cuda.gpu(0), m, n, k, bits, 64)
         assert len(found) > 20
         for forced in found:
-            y = cuda.decode(x, *problem.given, problem.table, None, n, bits, 64, forced=forced)
-            assert torch.equal(y, exact), forced
+            y = cuda.lut_linear(x, *problem.given, problem.table, None, n, bits, 64, forced=forced)
+            assert y is not None and torch.equal(y, exact), forced
+
+
+@pytest.mark.parametrize("group", [32, 64, -1])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_every_legal_tiling_gives_exact_integers(bits: int, group: int) -> None:
+    """The same of the matmul kernel, rows and tokens that fill no tile and K that fills no chunk among them."""
+    if not cuda.gpu(0).has_wgmma:
+        pytest.skip("the matmul kernel is for Hopper")
+    n, k = 201, 1608
+    spec = QuantSpec(bits, group, "custom")
+    for m in (1, 13, 70, 300):
+        case = Case(n, k, spec, torch.float16)
+        problem = Problem(case, integers=True)
+        x = torch.randint(-3, 4, (m, k), device="cuda").half()
+        bias = torch.randint(-8, 9, (n,), device="cuda").half()
+        exact = problem.exact(x, bias).float().half()
+        block = plan.group_block(spec.group(k), k)
+        found = list(tiles.candidates(cuda.gpu(0), m, n, k, bits, block))
+        assert len(found) > 10
+        for forced in found if m == 70 else found[::5]:
+            y = cuda.lut_linear(x, *problem.given, problem.table, bias, n, bits, group, forced=forced)
+            assert y is not None and torch.equal(y, exact), (m, forced)
 
 
 def layer(n: int = 1000, k: int = 2048, spec: QuantSpec | None = None, dtype: torch.dtype = torch.float16) -> LutLinear:
@@ -78,7 +100,7 @@ def test_any_x() -> None:
 
 
 def test_the_same_bits_every_time() -> None:
-    for m in (1, 5, 16, 33, 64):
+    for m in (1, 5, 16, 33, 64, 130, 700):
         for spec in (QuantSpec(), QuantSpec(3, 32, "nf3"), QuantSpec(2, -1, "int2")):
             linear = layer(4096, 4096, spec)
             x = torch.randn(m, 4096, device="cuda").half()
@@ -97,7 +119,7 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
 @torch.no_grad()
 def test_graphs_and_streams() -> None:
     linear = layer(4096, 4096)
-    for m in (1, 3, 16, 32, 64):
+    for m in (1, 3, 16, 32, 64, 128, 1000):
         x = torch.randn(m, 4096, device="cuda").half()
         right = linear(x)
         graph = torch.cuda.CUDAGraph()

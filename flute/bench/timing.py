@@ -2,27 +2,30 @@
 
 Calls are captured into one CUDA graph that runs over as many copies of the weights as it takes to leave the L2 cache
 behind (three times its size and more), so neither launch overhead of Python nor a warm cache is measured. The figure is
-the median over replays of (time of one replay) / (calls in it).
+the median over replays of (time of one replay) / (calls in it). What is to be compared is replayed in turns: a GPU at
+its power limit runs slower the longer it has run, and whoever is measured second would look worse.
 """
 
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 
 import torch
 
 _L2_FACTOR = 3
+_WARM_UP_SECONDS = 0.1
+_FEWEST_COPIES = 8  # what a graph's first call costs more than the others should not count
 
 
 def copies_beyond_l2(bytes_each: int, device: int = 0) -> int:
-    """How many buffers of this size exceed three times the L2 cache (between 2 and 64)."""
+    """How many buffers of this size exceed three times the L2 cache (between 8 and 64)."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return max(2, min(64, _L2_FACTOR * cache // bytes_each + 1))
+    return max(_FEWEST_COPIES, min(64, _L2_FACTOR * cache // bytes_each + 1))
 
 
-def microseconds(calls: Sequence[Callable[[], object]], replays: int = 20) -> float:
-    """Median time in microseconds of one of ``calls``, which run one after the other in a replayed CUDA graph."""
+def _captured(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -33,17 +36,32 @@ def microseconds(calls: Sequence[Callable[[], object]], replays: int = 20) -> fl
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    for _ in range(3):
-        graph.replay()
-    times = []
+    return graph
+
+
+def compare(*contestants: Sequence[Callable[[], object]], replays: int = 20) -> list[float]:
+    """Median microseconds of one call of each contestant, whose calls run one after the other in a replayed graph."""
+    graphs = [_captured(calls) for calls in contestants]
+    begun = time.monotonic()
+    while time.monotonic() - begun < _WARM_UP_SECONDS:  # clocks fall while kernels are compiled
+        for graph in graphs:
+            graph.replay()
+        torch.cuda.synchronize()
+    times: list[list[float]] = [[] for _ in graphs]
     for _ in range(replays):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(1e3 * start.elapsed_time(end) / len(calls))
-    return statistics.median(times)
+        for graph, calls, mine in zip(graphs, contestants, times, strict=True):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            mine.append(1e3 * start.elapsed_time(end) / len(calls))
+    return [statistics.median(mine) for mine in times]
+
+
+def microseconds(calls: Sequence[Callable[[], object]], replays: int = 20) -> float:
+    """Median microseconds of one of ``calls``."""
+    return compare(calls, replays=replays)[0]
 
 
 def read_ceiling(bytes_read: int = 1 << 30) -> float:

@@ -14,9 +14,10 @@ import torch
 
 from ..errors import OperatorError
 from ..spec import whole_group
-from . import jit, layout, plan
+from . import jit, layout, plan, tiles
 
 _MINIMUM_CAPABILITY = (8, 0)
+DECODE_TOKENS = 64  # the most tokens the decode kernel is asked for
 _thread = threading.local()
 
 
@@ -58,7 +59,7 @@ def gpu(device: int) -> plan.Gpu:
     properties = torch.cuda.get_device_properties(device)
     arch, sms = _arch(device), properties.multi_processor_count
     shared = _shared_bytes(device)
-    bare = plan.Gpu(sms, shared, arch, tuple((split, sms // split) for split in (1, 2, 4, 8)))
+    bare = plan.Gpu(sms, shared, arch, tuple((split, sms // split) for split in plan.CLUSTER_SIZES))
     if not bare.has_clusters:
         return bare
     probe = plan.make(bare, 1, 4096, 4096, 4, 64)
@@ -66,7 +67,7 @@ def gpu(device: int) -> plan.Gpu:
     kernel, core = _kernel(device, "decode.cu", probe.macros(4, False), "lut_decode"), _core()
     core.Device(device).set_current()  # torch makes its context current only with the first allocation
     counts = [(1, sms)]
-    for split in (2, 4, 8):
+    for split in plan.CLUSTER_SIZES[1:]:
         config = core.LaunchConfig(grid=sms // split, cluster=split, block=512, shmem_size=shared - 1024)
         counts.append((split, kernel.occupancy.max_active_clusters(config, stream=core.Device(device).default_stream)))
     return plan.Gpu(sms, shared, arch, tuple(counts))
@@ -74,8 +75,9 @@ def gpu(device: int) -> plan.Gpu:
 
 @cache
 def _kernel(device: int, file: str, macros: tuple[tuple[str, int], ...], name: str) -> Any:
-    kernel = jit.load(file, macros, _arch(device), name)
-    if name == "lut_decode":  # more than 48 KiB of shared memory must be asked for
+    # wgmma exists only for "sm_90a", the architecture with all that is Hopper's alone
+    kernel = jit.load(file, macros, _arch(device) + ("a" if name == "lut_matmul" else ""), name)
+    if name in ("lut_decode", "lut_matmul"):  # more than 48 KiB of shared memory must be asked for
         from cuda.bindings import driver
 
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -93,7 +95,7 @@ def _config(grid: tuple[int, int], block: int, shared: int, cluster: int, overla
     return _core().LaunchConfig(grid=grid, block=block, shmem_size=shared, **extra)
 
 
-def _launch(device: torch.device, config: Any, kernel: Any, *arguments: int) -> None:
+def _launch(device: torch.device, config: Any, kernel: Any, *arguments: Any) -> None:
     stream = torch.cuda.current_stream(device)
     core = _core()
     if not getattr(_thread, "bound", False):  # a thread new to CUDA, such as autograd's, has no current context yet
@@ -125,10 +127,22 @@ def _pointer(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-# ---- the two operators -----------------------------------------------------------------------------------------------
+# ---- matrix product ------------------------------------------------------------------------------------------------
 
 
-def decode(
+@lru_cache(maxsize=16384)
+def choose(device: int, m: int, n: int, k: int, bits: int, group: int) -> plan.Plan | tiles.Tiling | None:
+    """The launch with the best estimate of all kernels that this GPU has; None when no kernel takes the problem."""
+    on = gpu(device)
+    found: list[plan.Plan | tiles.Tiling | None] = []
+    if m <= DECODE_TOKENS:
+        found.append(plan.make(on, m, n, k, bits, group))
+    if m > tiles.FEWEST_TOKENS or found == [None]:
+        found.append(tiles.make(on, m, n, k, bits, group))
+    return min((one for one in found if one is not None), key=lambda one: one.cycles, default=None)
+
+
+def lut_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
     scales: torch.Tensor,
@@ -138,24 +152,39 @@ def decode(
     bits: int,
     group_size: int,
     *,
-    forced: plan.Plan | None = None,
+    forced: plan.Plan | tiles.Tiling | None = None,
 ) -> torch.Tensor | None:
-    """y (M, N) of x (M, K), M small, codes and scales in kernel order; None when no plan fits (K beyond all bounds).
+    """y (M, N) of x (M, K), codes and scales in kernel order; None when no kernel takes it (see `choose`).
 
     Args:
         forced: run this plan instead of the chosen one (tests, tuning).
     """
     m, k = x.shape
-    n, device, bf16 = out_features, x.device, x.dtype == torch.bfloat16
     group = whole_group(group_size, k)
-    chosen = forced or plan.make(gpu(device.index), m, n, k, bits, group)
+    chosen = forced or choose(x.device.index, m, out_features, k, bits, group)
     if chosen is None:
         return None
     x, weight, scales, table = _aligned(x), _aligned(weight), _aligned(scales), _aligned(table)
     bias = None if bias is None else bias.contiguous()
+    run: Any = _matmul if isinstance(chosen, tiles.Tiling) else _decode
+    return run(chosen, x, weight, scales, table, bias, out_features, bits, _group_magic(group, k))
+
+
+def _decode(
+    chosen: plan.Plan,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    table: torch.Tensor,
+    bias: torch.Tensor | None,
+    n: int,
+    bits: int,
+    magic: int,
+) -> torch.Tensor:
+    (m, k), device = x.shape, x.device
     y = torch.empty(m, n, dtype=x.dtype, device=device)
     clusters = gpu(device.index).has_clusters
-    macros = chosen.macros(bits, bf16)
+    macros = chosen.macros(bits, x.dtype == torch.bfloat16)
     kernel = _kernel(device.index, "decode.cu", macros, "lut_decode")
     cluster = chosen.split if clusters else 1
     config = _config(
@@ -171,13 +200,63 @@ def decode(
     _launch(
         device, config, kernel, weight.data_ptr(), scales.data_ptr(), table.data_ptr(), int(table.dim() == 2),
         x.data_ptr(), _pointer(bias), y.data_ptr(), _pointer(partial), m, n, k, scales.shape[1],
-        _group_magic(group, k), chosen.split, chosen.ways, chosen.pitch, chosen.tokens,
+        magic, chosen.split, chosen.ways, chosen.pitch, chosen.tokens,
     )  # fmt: skip
     if partial is not None:
         reduce = _kernel(device.index, "decode.cu", macros, "lut_reduce")
         config = _config((-(-m * n // 256), 1), 256, 0, 1, False)
         _launch(device, config, reduce, partial.data_ptr(), _pointer(bias), y.data_ptr(), m, n, chosen.split)
     return y
+
+
+class _Address:
+    """Device memory as an array interface that owns nothing: a cached tensor map must not keep a tensor alive."""
+
+    def __init__(self, pointer: int, shape: tuple[int, int]) -> None:
+        self.__cuda_array_interface__ = {"data": (pointer, False), "shape": shape, "typestr": "<u2", "version": 3}
+
+
+@lru_cache(maxsize=4096)
+def _tensor_map(device: int, pointer: int, m: int, k: int, tokens: int) -> Any:
+    """How the copy engine finds boxes of 64 k x ``tokens`` in x (m, k); only numbers, so it is good for any such x."""
+    from cuda.core._tensor_map import TensorMapDescriptorOptions, TensorMapL2Promotion, TensorMapSwizzle
+    from cuda.core.utils import StridedMemoryView
+
+    view = StridedMemoryView.from_cuda_array_interface(_Address(pointer, (m, k)), stream_ptr=-1)
+    options = TensorMapDescriptorOptions(
+        box_dim=(tokens, 64),
+        swizzle=TensorMapSwizzle.SWIZZLE_128B,
+        l2_promotion=TensorMapL2Promotion.L2_256B,
+    )
+    return view.as_tensor_map(options=options)
+
+
+def _matmul(
+    chosen: tiles.Tiling,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    table: torch.Tensor,
+    bias: torch.Tensor | None,
+    n: int,
+    bits: int,
+    magic: int,
+) -> torch.Tensor:
+    (m, k), device, split = x.shape, x.device, chosen.split
+    if k % 8:  # the copy engine wants rows at multiples of 16 bytes
+        x = torch.nn.functional.pad(x, (0, -k % 8))
+    y = torch.empty(m, n, dtype=x.dtype, device=device)
+    kernel = _kernel(device.index, "matmul.cu", chosen.macros(bits, x.dtype == torch.bfloat16), "lut_matmul")
+    config = _config((chosen.blocks // split, 1), chosen.threads, chosen.shared_bytes, split, True)
+    _launch(
+        device, config, kernel, _tensor_map(device.index, x.data_ptr(), m, x.shape[1], chosen.tokens),
+        weight.data_ptr(), scales.data_ptr(), table.data_ptr(), int(table.dim() == 2), _pointer(bias), y.data_ptr(),
+        m, n, k, scales.shape[1], magic, split, -(-(1 << 32) // split),
+    )  # fmt: skip
+    return y
+
+
+# ---- dequantization --------------------------------------------------------------------------------------------------
 
 
 def dequantize(

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 
 from .. import settings
 from ..errors import CompileError, FluteError
-from . import layout
+from . import layout, wgmma
 
 _LOCK_SECONDS = 60.0  # a compile takes under a second; whoever waits this long compiles for itself
 _OPTIONS = ("std=c++17",)
@@ -68,9 +68,10 @@ def source(file: str, macros: dict[str, int]) -> str:
     """The complete CUDA C++ text of ``file`` (in ``flute/kernels/cuda``) with ``macros``, of which BITS is one."""
     folder = resources.files(__package__) / "cuda"
     head = [f"#define {name} {value}" for name, value in macros.items()]
-    return "\n".join(
-        [*head, layout.device_header(macros["BITS"]), (folder / "common.cuh").read_text(), (folder / file).read_text()]
-    )
+    head.append(layout.device_header(macros["BITS"]))
+    if "TOKENS" in macros:
+        head.append(wgmma.device_header(macros["TOKENS"], bool(macros["BF16"])))
+    return "\n".join([*head, (folder / "common.cuh").read_text(), (folder / file).read_text()])
 
 
 def compile_cubin(text: str, arch: str, *, log: Any = None) -> bytes:

@@ -2,31 +2,31 @@
 
 The packer below and the device code (through `device_header`) are both derived from the same few numbers.
 
-A tensor-core step ``mma.m16n8k16`` takes 16 rows of W as its A operand. Lane l = 4 g + t (g = l / 4, t = l % 4) holds
-four pairs of weights, a pair being two neighbours along K::
+A tensor-core step (``mma.m16n8k16`` of one warp, ``wgmma.m64nNk16`` of four) takes 16 rows of W per warp as its A
+operand. Lane l = 4 g + t (g = l / 4, t = l % 4) holds four pairs of weights, a pair being two neighbours along K::
 
-    register r = 2 rh + h      row = g + 8 h      k = 4 i + 2 rh + {0, 1}   from the lane's own 8 positions
+    register r = 2 rh + h      row = 2 g + h      k = 16 step + 8 rh + 2 t + {0, 1}
 
-The order of K inside a step is free as long as x is permuted alike, so within each block of 32 k lane t owns the eight
-*consecutive* positions 8 t .. 8 t + 7 and the block takes two steps i = 0, 1: a lane loads its activations as one
-16-byte vector. A **chunk** is 16 rows times 128 k, what one warp takes in one go: 32, 24 or 16 bytes a lane. Chunks of
-a row tile follow one another along K, row tiles along N::
+Columns are in the order in which x lies in memory, so x needs no shuffling. Rows of a tile are not in the order of the
+instruction (which calls row 2 g + h row g + 8 h): this way a lane ends up with two neighbours along N, and with their
+scales in one 32-bit word. A **chunk** is 16 rows times 128 k, what one warp takes in one go: 32, 24 or 16 bytes a lane.
+Chunks of a row tile follow one another along K, row tiles along N::
 
     packed uint8 (ceil(N / 16), ceil(K / 128), chunk_bytes)        scales (ceil(N / 16), G, 16)
 
 Within a chunk lie the first four words of all lanes, 16 bytes each, then the words that remain of all lanes.
 
-Pair number ``q = ((s * 2 + i) * 2 + rh) * 2 + h`` of a lane, s the block of 32, is a field of 2 * bits bits in the
-lane's 32-bit words. Its value *is* the index into the pair table (both codes of the pair, low one first), which is also
-the code of a two-dimensional codebook: scalar and vector tables are one thing here. Fields begin at bit 7 and run round
-the word, because a table entry takes 128 bytes: the first field of a word is then a table offset without a shift.
+Pair number ``q = (step * 2 + rh) * 2 + h`` of a lane is a field of 2 * bits bits in the lane's 32-bit words. Its value
+*is* the index into the pair table (both codes of the pair, low one first), which is also the code of a two-dimensional
+codebook: scalar and vector tables are one thing here. Fields begin at bit 7 and run round the word, because a table
+entry takes 128 bytes: the first field of a word is then a table offset without a shift.
 
     4 bit   8 words, 4 fields each at bits 7, 15, 23, 31 (the last one goes on at bit 0)
     3 bit   6 words, 5 fields each at bits 7, 13, 19, 25, 31; the two bits left over at 5 in words 0, 1, 2 make pair 30,
             those in words 3, 4, 5 pair 31
     2 bit   4 words of 4 bytes as at 4 bit; a byte holds the pairs rh = 0, 1 of one row, one 8-byte lookup decodes both
 
-The scales of a row tile lie as (group, g, h), so that a lane reads the scales of rows g and g + 8 as one 32-bit word.
+The scales of a row tile lie as (group, row).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from ..spec import whole_group
 
 TILE_ROWS = 16
 CHUNK_K = 128
-LAYOUT_VERSION = 2  # part of every kernel's cache key: change it with any change of order
+LAYOUT_VERSION = 3  # part of every kernel's cache key: change it with any change of order
 _BLOCK_K = 32
 _LANE_WORDS = {4: 8, 3: 6, 2: 4}
 _FIRST_BIT = 7  # log2 of the bytes of a table entry
@@ -106,9 +106,8 @@ def _pairs_of_rows(weight: torch.Tensor, bits: int, in_features: int) -> torch.T
 def _to_words(pairs: torch.Tensor, bits: int) -> torch.Tensor:
     """Pairs (16 * T, C * chunk_k / 2) -> words int64 (T, C, 32 lanes, lane_words)."""
     tiles, chunks = pairs.shape[0] // TILE_ROWS, 2 * pairs.shape[1] // CHUNK_K
-    blocks = CHUNK_K // _BLOCK_K
-    # (tile, h, g, chunk, s, t, i, rh) -> (tile, chunk, g, t, s, i, rh, h)
-    ordered = pairs.view(tiles, 2, 8, chunks, blocks, 4, 2, 2).permute(0, 3, 2, 5, 4, 6, 7, 1)
+    # (tile, g, h, chunk, step, rh, t) -> (tile, chunk, g, t, step, rh, h)
+    ordered = pairs.view(tiles, 8, 2, chunks, -1, 2, 4).permute(0, 3, 1, 6, 4, 5, 2)
     lanes = ordered.reshape(tiles, chunks, 32, -1).to(torch.int64)
     words = torch.zeros(tiles, chunks, 32, _LANE_WORDS[bits], dtype=torch.int64, device=pairs.device)
     for q, pieces in enumerate(_fields(bits)):
@@ -120,12 +119,11 @@ def _to_words(pairs: torch.Tensor, bits: int) -> torch.Tensor:
 def _from_words(words: torch.Tensor, bits: int) -> torch.Tensor:
     """The inverse of `_to_words`."""
     tiles, chunks = words.shape[:2]
-    blocks = CHUNK_K // _BLOCK_K
     lanes = torch.zeros(tiles, chunks, 32, CHUNK_K // 4, dtype=torch.int64, device=words.device)
     for q, pieces in enumerate(_fields(bits)):
         for word, shift, width, low in _straight(pieces):
             lanes[..., q] |= ((words[..., word] >> shift) & ((1 << width) - 1)) << low
-    ordered = lanes.view(tiles, chunks, 8, 4, blocks, 2, 2, 2).permute(0, 7, 2, 1, 4, 3, 5, 6)
+    ordered = lanes.view(tiles, chunks, 8, 4, -1, 2, 2).permute(0, 2, 6, 1, 4, 5, 3)
     return ordered.reshape(tiles * TILE_ROWS, -1).to(torch.uint8)
 
 
@@ -181,18 +179,17 @@ def unpack_weight(packed: torch.Tensor, bits: int, out_features: int, in_feature
 
 
 def pack_scales(scales: torch.Tensor) -> torch.Tensor:
-    """Scales (N, G) -> (tiles, G, 16) with rows g and g + 8 of a tile side by side; padding rows get 0."""
+    """Scales (N, G) -> (tiles, G, 16), the rows of a tile side by side; padding rows get 0."""
     rows, groups = scales.shape
     tiles = -(-rows // TILE_ROWS)
     padded = torch.nn.functional.pad(scales, (0, 0, 0, tiles * TILE_ROWS - rows))
-    return padded.view(tiles, 2, 8, groups).permute(0, 3, 2, 1).reshape(tiles, groups, TILE_ROWS).contiguous()
+    return padded.view(tiles, TILE_ROWS, groups).transpose(1, 2).contiguous()
 
 
 def unpack_scales(packed: torch.Tensor, out_features: int) -> torch.Tensor:
     """The exact inverse of `pack_scales`."""
     tiles, groups, _ = packed.shape
-    rows = packed.view(tiles, groups, 8, 2).permute(0, 3, 2, 1).reshape(tiles * TILE_ROWS, groups)
-    return rows[:out_features].contiguous()
+    return packed.transpose(1, 2).reshape(tiles * TILE_ROWS, groups)[:out_features].contiguous()
 
 
 def _extract(pieces: tuple[Piece, ...]) -> str:

@@ -6,7 +6,8 @@ Codes and scales come in one of two layouts, told apart by their rank: the check
 (N, G)) or, on CUDA, kernel order (uint8 (tiles, chunks, chunk_bytes) and (tiles, G, 16), see `layout`). Every M is one
 opaque operator call, so torch.compile, CUDA graphs and vLLM never see the choice of kernel inside:
 
-* CUDA, M <= 64: the decode kernel (`cuda`). Above, or for specs the kernel does not take: dequantize, then matmul.
+* CUDA: the kernel with the best estimate (`cuda.choose`). What no kernel takes (groups that are no multiple of 32; more
+  than 64 tokens on GPUs other than Hopper): dequantize, then matmul.
 * CPU: the C kernel (`cpu`) for small M if it was built, else dequantize and matmul.
 
 Gradients flow to x (and bias) only: dx = dy . W. The codes are constants, so adapters such as LoRA train on top.
@@ -22,7 +23,6 @@ from ..spec import QuantSpec, whole_group
 from . import cpu, layout, reference
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-DECODE_TOKENS = 64  # the most tokens the CUDA decode kernel takes
 _CPU_KERNEL_TOKENS = 32  # as many as the C kernel decodes a weight for once
 
 _library = torch.library.Library("flute", "DEF")
@@ -189,12 +189,12 @@ def _lut_linear_cuda(
     if m == 0:
         return x.new_empty(*x.shape[:-1], out_features)
     y = None
-    if m <= DECODE_TOKENS and layout.supports(group_size, k):
+    if layout.supports(group_size, k):
         from . import cuda
 
         if weight.dim() == 2:  # an offloaded layer, moved here for this call only
             weight, scales = layout.pack_weight(weight, bits, k), layout.pack_scales(scales)
-        y = cuda.decode(flat, weight, scales, table, bias, out_features, bits, group_size)
+        y = cuda.lut_linear(flat, weight, scales, table, bias, out_features, bits, group_size)
     if y is None:
         y = _dense_path(flat, weight, scales, table, bias, out_features, bits, group_size)
     return y.view(*x.shape[:-1], out_features)

@@ -6,6 +6,7 @@ The kernel streams row tiles through the warps of persistent blocks (see ``cuda/
 * ``ways``: among how many warps of a block a slice is cut again. More ways balance few rows over many SMs.
 * ``rows``: units of ``row_tiles`` tiles that a block works on at once; a block has ``rows * ways`` warps.
 * ``passes``: rows of the grid, ``tokens`` tokens each.
+* ``blocks``: blocks that fit an SM together. With two, the next launch asks for its weights while this one computes.
 
 Plans are compared by an estimate of clock cycles: the chunks of the busiest warp, each at the rate of the SM's
 narrowest pipe or at the latency of one chunk, whichever is longer, plus what a round and a launch cost.
@@ -19,13 +20,18 @@ from math import ceil
 
 from .layout import CHUNK_K, TILE_ROWS, chunk_bytes
 
-_TABLE_BYTES = {4: 32768, 3: 8192, 2: 32768}
+TABLE_BYTES = {4: 32768, 3: 8192, 2: 32768}
 _SCALE_BYTES = 128
-# By token tiles and row tiles: what a warp takes at once needs registers, and none may spill. A quarter of an SM has a
-# quarter of its registers, so nine warps are as hard to fit as twelve.
-_MAX_WARPS = {(1, 1): 16, (2, 1): 10, (2, 2): 8, (4, 1): 8, (4, 2): 8}
-_SPILLING = {(4, 2, 32)}  # (token tiles, row tiles, group block) that do not fit into 255 registers everywhere
+# By token tiles, row tiles and blocks of an SM: what a warp takes at once needs registers, and none may spill. Quarters
+# of an SM have registers of their own, so nine warps are as hard to fit as twelve.
+_MAX_WARPS = {
+    (1, 1, 1): 16, (2, 1, 1): 10, (2, 2, 1): 8, (4, 1, 1): 8, (4, 2, 1): 8,
+    (1, 1, 2): 12, (2, 1, 2): 8,
+}  # fmt: skip
+_SPILLING = {(4, 2, 1, 32), (1, 1, 2, 32)}  # the same and the group block: these would spill after all
+_MOST_STAGES = {1: 8, 2: 6}  # by blocks of an SM, likewise
 _TOKEN_TILES = (1, 2, 4)
+CLUSTER_SIZES = (1, 2, 3, 4, 8)  # asked of the driver; the decode kernel uses powers of two
 _IN_FLIGHT_BYTES = 40 * 1024  # codes on their way per SM that saturate the memory: latency x bandwidth / SMs, and slack
 MAX_IN_FEATURES = 1 << 20  # block and group arithmetic in the kernel is exact up to here
 
@@ -36,8 +42,8 @@ class Gpu:
 
     Args:
         sms: multiprocessors. shared_bytes: most shared memory of one block. arch: "sm_90".
-        clusters: (size, how many such clusters of blocks that fill an SM run at once); without clusters, size 1 to 8
-            stand for slices of the grid: (split, sms // split).
+        clusters: (size, how many such clusters of blocks that fill an SM run at once); without clusters they stand for
+            slices of the grid: (split, sms // split).
         bytes_per_cycle: DRAM bytes per clock cycle and SM at the measured read ceiling.
     """
 
@@ -46,6 +52,11 @@ class Gpu:
     arch: str
     clusters: tuple[tuple[int, int], ...]
     bytes_per_cycle: float = 13.5
+
+    @property
+    def has_wgmma(self) -> bool:
+        """Asynchronous tensor cores with A in registers: Hopper alone has them."""
+        return self.arch == "sm_90"
 
     @property
     def has_clusters(self) -> bool:
@@ -70,6 +81,7 @@ class Plan:
     pitch: int
     shared_bytes: int
     cycles: float
+    blocks: int = 1
 
     @property
     def warps(self) -> int:
@@ -78,11 +90,11 @@ class Plan:
 
     def macros(self, bits: int, bf16: bool) -> tuple[tuple[str, int], ...]:
         """The macros that select this plan's kernel."""
-        return decode_macros(bits, bf16, self.group_block, self.token_tiles, self.row_tiles, self.stages)
+        return decode_macros(bits, bf16, self.group_block, self.token_tiles, self.row_tiles, self.stages, self.blocks)
 
 
 def decode_macros(
-    bits: int, bf16: bool, group_block: int, token_tiles: int, row_tiles: int, stages: int
+    bits: int, bf16: bool, group_block: int, token_tiles: int, row_tiles: int, stages: int, blocks: int = 1
 ) -> tuple[tuple[str, int], ...]:
     """Macros of one variant of the decode kernel."""
     return (
@@ -92,19 +104,20 @@ def decode_macros(
         ("TOKEN_TILES", token_tiles),
         ("ROW_TILES", row_tiles),
         ("STAGES", stages),
-        ("MAX_THREADS", 32 * _MAX_WARPS[token_tiles, row_tiles]),
+        ("MAX_THREADS", 32 * _MAX_WARPS[token_tiles, row_tiles, blocks]),
+        ("BLOCKS", blocks),
     )
 
 
 def variants() -> list[tuple[tuple[str, int], ...]]:
     """Every variant of the decode kernel that a plan can ask for (stages only change the size of the ring)."""
     return [
-        decode_macros(bits, bf16, block, tiles, rows, 4)
+        decode_macros(bits, bf16, block, tiles, rows, 4, blocks)
         for bits in (2, 3, 4)
         for bf16 in (False, True)
         for block in (32, 64, 128)
-        for tiles, rows in _MAX_WARPS
-        if (tiles, rows, block) not in _SPILLING
+        for tiles, rows, blocks in _MAX_WARPS
+        if (tiles, rows, blocks, block) not in _SPILLING
     ]
 
 
@@ -115,25 +128,25 @@ def group_block(group: int, in_features: int) -> int:
     return next(block for block in (128, 64, 32) if group % block == 0)
 
 
-def _stages(warps: int, slot: int) -> int:
+def _stages(warps: int, slot: int, blocks: int) -> int:
     """Ring slots per warp, so that all warps together keep enough bytes in flight."""
-    wanted = -(-_IN_FLIGHT_BYTES // (warps * slot)) + 1
-    return next((stages for stages in (3, 4, 6, 8) if stages >= wanted), 8)  # few choices: each is a kernel of its own
+    wanted = min(-(-_IN_FLIGHT_BYTES // (warps * slot)) + 1, _MOST_STAGES[blocks])
+    return next(stages for stages in (3, 4, 6, 8) if stages >= wanted)  # few choices: each is a kernel of its own
 
 
-def _step_cycles(gpu: Gpu, tokens: int, bits: int, block: int, token_tiles: int, row_tiles: int) -> tuple[float, float]:
+def _step_cycles(gpu: Gpu, bits: int, block: int, token_tiles: int, row_tiles: int) -> tuple[float, float]:
     """Cycles of one chunk step of one warp: its share of the SM's narrowest pipe, and its latency when alone.
 
     Instructions, shared-memory wavefronts and bytes are counted from the kernel; the factors on them and on the latency
-    were fitted to 861 timings of one H100 (docs/kernel-log.md, benchmarks/results/plan_sweep_h100.csv).
+    were fitted to 2,475 timings of one H100 (docs/kernel-log.md, benchmarks/results/plan_sweep_h100.csv).
     """
     lookups = 32 if bits > 2 else 16
     sets = CHUNK_K // block
     issue = row_tiles * (2.8 * lookups + 8 * token_tiles + 4 * sets * token_tiles + 4 * sets) + 4 * token_tiles
-    shared = row_tiles * (32 + chunk_bytes(bits) / 64 + 2 * sets) + 2 * min(tokens, 8 * token_tiles)
+    shared = row_tiles * (32 + chunk_bytes(bits) / 64 + 2 * sets) + 16 * token_tiles
     tensor = row_tiles * token_tiles * 8
     memory = row_tiles * (chunk_bytes(bits) + 32 * sets) / gpu.bytes_per_cycle
-    return max(0.3 * issue, 1.8 * shared, 4.3 * tensor, memory), 300 + 2.1 * issue
+    return max(1.42 * shared, 2.4 * tensor, 0.9 * memory), 194 + 3.0 * issue
 
 
 def _candidate(
@@ -148,6 +161,7 @@ def _candidate(
     rows: int,
     ways: int,
     split: int,
+    blocks: int,
 ) -> Plan | None:
     """The plan with these numbers, or None where shared memory, threads or the GPU do not allow it."""
     tokens = -(-m // passes)
@@ -156,31 +170,35 @@ def _candidate(
     warps, participants = rows * ways, ways * split
     chunks, units = ceil(k / CHUNK_K), ceil(n / (TILE_ROWS * row_tiles))
     together = dict(gpu.clusters).get(split, 0)
+    room = gpu.shared_bytes if blocks == 1 else (gpu.shared_bytes + 1024) // 2 - 1024
     clusters = max(min(together, 1), together // passes)  # passes beyond what fits at once wait their turn
-    if warps > _MAX_WARPS.get((token_tiles, row_tiles), 0) or (token_tiles, row_tiles, block) in _SPILLING:
+    kind = (token_tiles, row_tiles, blocks)
+    if warps > _MAX_WARPS.get(kind, 0) or (*kind, block) in _SPILLING or (blocks > 1 and gpu.arch != "sm_90"):
         return None
     if clusters == 0 or participants > min(32, chunks) or (ways > 1 and not gpu.has_clusters):
         return None
     slot = row_tiles * (chunk_bytes(bits) + _SCALE_BYTES)
-    wanted = _stages(warps, slot)
-    # 64 bytes off a multiple of 128, so that neighbouring tokens lie in other banks
-    pitch = 2 * CHUNK_K * -(-chunks // split) + 64
+    wanted = _stages(warps, slot, blocks)
+    # 16 bytes off a multiple of 128, so that eight tokens lie in different banks
+    pitch = 2 * CHUNK_K * -(-chunks // split) + 16
     exchange = 2 * warps * row_tiles * token_tiles * 512 + 256 if participants > 1 and gpu.has_clusters else 0
-    fixed = _TABLE_BYTES[bits] + exchange + tokens * pitch
-    stages = next((s for s in (wanted, 3) if fixed + warps * s * slot <= gpu.shared_bytes), 0)
+    fixed = TABLE_BYTES[bits] + exchange + tokens * pitch
+    stages = next((s for s in (wanted, 3) if fixed + warps * s * slot <= room), 0)
     if stages == 0:
         return None
     shared = fixed + warps * stages * slot
-    clusters = min(clusters, -(-units // rows))
+    if blocks == 1:  # two to an SM: all SMs alike, or the next launch's blocks would gather where there is room
+        clusters = min(clusters, -(-units // rows))
     rounds = -(-units // (clusters * rows))
-    rate, latency = _step_cycles(gpu, tokens, bits, block, token_tiles, row_tiles)
+    rate, latency = _step_cycles(gpu, bits, block, token_tiles, row_tiles)
     busy = min(warps, ways * -(-units // clusters))
-    step = ((rate * busy) ** 2.5 + latency**2.5) ** 0.4  # a soft maximum: near balance both are felt
-    per_round = 0 if participants == 1 else 150 + 33 * ways + (80 if split > 1 else 0) + 160 * row_tiles * token_tiles
+    step = ((rate * busy) ** 6.3 + latency**6.3) ** (1 / 6.3)  # a soft maximum: near balance both are felt
+    per_round = 0 if participants == 1 else 1380 + 35 * ways + (610 if split > 1 else 0) + 76 * row_tiles * token_tiles
     cycles = rounds * (-(-chunks // participants) * step + per_round)
-    cycles += 4400 + (450 if split > 1 else 0) + 0.03 * tokens * pitch
+    cycles += (3700 if blocks == 1 else 3320) + 0.038 * tokens * pitch
     return Plan(
-        passes, tokens, token_tiles, row_tiles, rows, ways, split, stages, block, clusters, pitch, shared, cycles
+        passes, tokens, token_tiles, row_tiles, rows, ways, split, stages, block, clusters, pitch, shared, cycles,
+        blocks,
     )  # fmt: skip
 
 
@@ -194,8 +212,9 @@ def candidates(gpu: Gpu, m: int, n: int, k: int, bits: int, group: int) -> list[
             for rows in range(1, 17)
             for ways in (1, 2, 4, 8)
             for split in (1, 2, 4, 8)
+            for blocks in (1, 2)
             if rows * ways >= 4
-            and (plan := _candidate(gpu, m, passes, n, k, bits, block, row_tiles, rows, ways, split)) is not None
+            and (plan := _candidate(gpu, m, passes, n, k, bits, block, row_tiles, rows, ways, split, blocks))
         ]
         if found:
             return sorted(found, key=lambda plan: plan.cycles)

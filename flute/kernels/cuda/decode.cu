@@ -105,9 +105,16 @@ __device__ __forceinline__ void stage_x(u8* shared_x, const u16* x, int m, int k
   }
 }
 
+// B fragments of two steps: eight tokens times 32 k. Lane l names the 16 bytes of token l % 8 at 8 (l / 8) k.
+__device__ __forceinline__ void load_tokens(uint4& b, u32 address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(b.x), "=r"(b.y), "=r"(b.z), "=r"(b.w)
+               : "r"(address));
+}
+
 // One chunk of ROW_TILES tiles against all tokens.
 __device__ __forceinline__ void multiply_chunk(float (&acc)[ROW_TILES][TOKEN_TILES][4], const u8* slot,
-                                               const u8* const (&x_lane)[TOKEN_TILES], int x_offset,
+                                               const u32 (&x_lane)[TOKEN_TILES], u32 x_offset,
                                                const u8* lane_table, int lane) {
   u32 words[ROW_TILES][LANE_WORDS];
 #pragma unroll
@@ -120,7 +127,7 @@ __device__ __forceinline__ void multiply_chunk(float (&acc)[ROW_TILES][TOKEN_TIL
       int at = set * (GROUP_BLOCK / BLOCK_K) + block;
       uint4 b[TOKEN_TILES];
 #pragma unroll
-      for (int n = 0; n < TOKEN_TILES; ++n) b[n] = *(const uint4*)(x_lane[n] + x_offset + at * BLOCK_K * 2);
+      for (int n = 0; n < TOKEN_TILES; ++n) load_tokens(b[n], x_lane[n] + x_offset + at * BLOCK_K * 2);
 #pragma unroll
       for (int part = 0; part < ROW_TILES; ++part) {
         u32 a[2][4];
@@ -135,7 +142,7 @@ __device__ __forceinline__ void multiply_chunk(float (&acc)[ROW_TILES][TOKEN_TIL
 #pragma unroll
     for (int part = 0; part < ROW_TILES; ++part) {
       u32 pair = *(const u32*)(slot + part * PART_BYTES + CHUNK_BYTES + (set * 8 + (lane >> 2)) * 4);
-      float low = wide((u16)pair), high = wide((u16)(pair >> 16));  // rows g and g + 8
+      float low = wide((u16)pair), high = wide((u16)(pair >> 16));  // rows 2 g and 2 g + 1
 #pragma unroll
       for (int n = 0; n < TOKEN_TILES; ++n) {
         acc[part][n][0] += low * sum[part][n][0];
@@ -147,9 +154,9 @@ __device__ __forceinline__ void multiply_chunk(float (&acc)[ROW_TILES][TOKEN_TIL
   }
 }
 
-// Element e of a lane's fragment: row g + 8 (e / 2), token 2 t + e % 2.
+// Element e of a lane's fragment: row 2 g + e / 2, token 2 t + e % 2.
 __device__ __forceinline__ int fragment_row(int unit, int fragment, int lane, int e) {
-  return (unit * ROW_TILES + fragment / TOKEN_TILES) * TILE_ROWS + (lane >> 2) + 8 * (e >> 1);
+  return (unit * ROW_TILES + fragment / TOKEN_TILES) * TILE_ROWS + 2 * (lane >> 2) + (e >> 1);
 }
 
 __device__ __forceinline__ int fragment_token(int fragment, int lane, int e) {
@@ -250,7 +257,7 @@ struct Exchange {
 
 #endif
 
-extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1)
+extern "C" __global__ void __launch_bounds__(MAX_THREADS, BLOCKS)
     lut_decode(const u8* weight, const u32* scales, const u16* table, u64 vectors, const u16* x, const u16* bias,
                u16* y, float* partial, u64 m, u64 n, u64 k, u64 groups, u64 magic, u64 split, u64 ways, u64 pitch,
                u64 pass) {
@@ -313,10 +320,10 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1)
   __syncthreads();
 
   const u8* lane_table = lane_copy(shared, lane);
-  const u8* x_lane[TOKEN_TILES];  // a token beyond m reads the last one's row; its column of y is never stored
+  u32 x_lane[TOKEN_TILES];  // a token beyond m reads the last one's row; its column of y is never stored
 #pragma unroll
   for (int i = 0; i < TOKEN_TILES; ++i) {
-    x_lane[i] = shared_x + min(i * 8 + (lane >> 2), p.m - 1) * (int)pitch + (lane & 3) * 16 +
+    x_lane[i] = shared_address(shared_x) + min(i * 8 + (lane & 7), p.m - 1) * (int)pitch + (lane >> 3) * 16 +
                 (first - block_first) * CHUNK_K * 2;
   }
 

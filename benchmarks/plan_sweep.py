@@ -1,0 +1,95 @@
+"""Times of many plans of both CUDA kernels, beside what the planner estimates for them, as one CSV.
+
+    python benchmarks/plan_sweep.py --output benchmarks/results/plan_sweep_h100.csv [--bits 4 3 2]
+
+The factors in ``flute/kernels/plan.py`` and ``tiles.py`` were fitted to such a file. fp16, group 64; weights rotate
+through at most 24 copies; the median of seven replays of a CUDA graph. Kernels are compiled before anything is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from flute.bench import timing
+from flute.bench.machine import describe
+from flute.kernels import cuda, jit, layout, plan, tiles
+
+SHAPES = [
+    (4096, 4096), (1024, 4096), (6144, 4096), (4096, 14336), (8192, 8192), (28672, 4096), (2048, 2048), (28672, 8192),
+]  # fmt: skip
+TOKENS = {4: [1, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024], 3: [1, 4, 8, 16, 64, 256]}
+COPIES, LARGEST = 24, 1.3e11
+FIELDS = ("tokens", "rows", "ways", "split", "blocks", "stages", "row_tiles", "clusters", "passes", "per_sm", "boxes")
+
+
+def contestants(gpu: plan.Gpu, m: int, n: int, k: int, bits: int) -> list[plan.Plan | tiles.Tiling]:
+    """The most promising plans of the decode kernel, one or two blocks to an SM, and every tiling."""
+    plans = plan.candidates(gpu, m, n, k, bits, 64) if m <= cuda.DECODE_TOKENS else []
+    one, two = ([p for p in plans if p.blocks == blocks] for blocks in (1, 2))
+    return [*one[:14], *two[:12], *tiles.candidates(gpu, m, n, k, bits, 64)]
+
+
+def compile_one(job: tuple[str, tuple[tuple[str, int], ...], str]) -> None:
+    """Into the cache on disk."""
+    jit.cubin(jit.source(job[0], dict(job[1])), job[2])
+
+
+def main() -> None:
+    """Compile, measure and write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", required=True)
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    arguments = parser.parse_args()
+    gpu = cuda.gpu(0)
+    problems = [
+        (n, k, bits, m)
+        for n, k in SHAPES
+        for bits in arguments.bits
+        for m in TOKENS.get(bits, TOKENS[3])
+        if n * k * m <= LARGEST
+    ]
+    jobs = {
+        (file, one.macros(bits, False), "sm_90" + suffix)
+        for n, k, bits, m in problems
+        for one in contestants(gpu, m, n, k, bits)
+        for file, suffix in [("matmul.cu", "a") if isinstance(one, tiles.Tiling) else ("decode.cu", "")]
+    }
+    with ProcessPoolExecutor() as pool:
+        list(pool.map(compile_one, sorted(jobs)))
+    ceiling = timing.read_ceiling()
+    with open(arguments.output, "w", newline="") as file:
+        file.write(f"# {describe()}; float16, group 64, read ceiling {ceiling / 1e12:.2f} TB/s\n")
+        writer = csv.writer(file)
+        writer.writerow(["kernel", "n", "k", "bits", "m", "dense_us", "us", "estimated_cycles", *FIELDS])
+        for (n, k, bits), group in itertools.groupby(problems, key=lambda problem: problem[:3]):
+            shape = layout.packed_shape(n, k, bits)
+            copies = min(COPIES, timing.copies_beyond_l2(shape[0] * shape[1] * shape[2]))
+            dense = [torch.randn(n, k, device="cuda").half() for _ in range(min(COPIES, copies))]
+            weights = [torch.randint(0, 256, shape, device="cuda", dtype=torch.uint8) for _ in range(copies)]
+            scales = [torch.rand(shape[0], k // 64, 16, device="cuda").half() for _ in range(copies)]
+            table = torch.randn(1 << bits, device="cuda").half()
+            for *_, m in group:
+                x = torch.randn(m, k, device="cuda").half()
+                base = timing.microseconds([partial(F.linear, x, weight) for weight in dense], replays=7)
+                for one in contestants(gpu, m, n, k, bits):
+                    run = partial(cuda.lut_linear, x, forced=one)
+                    spent = timing.microseconds(
+                        [partial(run, w, s, table, None, n, bits, 64) for w, s in zip(weights, scales, strict=True)],
+                        replays=7,
+                    )
+                    kernel, plain = "matmul" if isinstance(one, tiles.Tiling) else "decode", asdict(one)
+                    fields = [plain.get(field, "") for field in FIELDS]
+                    writer.writerow([kernel, n, k, bits, m, f"{base:.2f}", f"{spent:.2f}", int(one.cycles), *fields])
+                file.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,365 @@
+// y (M, N) = x (M, K) . W^T (+ bias) on Hopper's tensor cores: codes become fragments of W in registers, x comes from
+// shared memory, and every decoded weight is used for TOKENS tokens at once.
+//
+// A block owns a tile of 64 ROWS rows of W times TOKENS tokens. COPY_WARPS + 1 warps only copy: codes and scales, and x. ROWS x WAYS groups of four warps compute: wgmma.m64nTOKENSk16 takes 64 rows of W as its A operand, 16 per
+// warp, in just the fragments that packing prepared; each pair of weights is looked up, multiplied by its scales (one
+// rounding to 16 bits, as a dense checkpoint of these weights would have) and used. Both operands of a step are
+// double-buffered in registers, so decoding runs while the tensor core works on the step before.
+//
+//     codes ring   CODE_STAGES slots of one chunk: row tiles x [CHUNK_BYTES], then row tiles x scale sets x [32]
+//     x ring       X_BOXES boxes of 64 k x TOKENS, 128 bytes a token, in the 128-byte swizzle wgmma reads
+//
+// Each slot has two barriers, "full" (bytes have arrived) and "empty" (its readers are done).
+//
+// K is shared in two ways: among WAYS groups of warps (chunk after chunk in turn) and among the `split` blocks of a
+// cluster (contiguous slices). Then partial sums meet in shared memory, which the rings have left free, and are added
+// in the order of blocks and ways, never of arrival: the same bits on every run. With neither, blocks are persistent
+// and the copying warps run ahead into the next tile while the last one is written. There may be blocks without a tile:
+// they stay until the launch before is over, and so keep the next one's blocks evenly spread.
+//
+// Host macros: BITS, BF16, GROUP_BLOCK, TOKENS, ROWS, WAYS, X_BOXES, CODE_STAGES, BLOCKS; in front of this text lies wgmma().
+
+constexpr int SCALE_SETS = CHUNK_K / GROUP_BLOCK;
+constexpr int BOX_K = 64, BOX_BYTES = TOKENS * BOX_K * 2, STEPS = CHUNK_K / 16;
+constexpr int TILES = 4 * ROWS, CODE_BYTES = TILES * (CHUNK_BYTES + 32 * SCALE_SETS);
+constexpr int GROUPS = ROWS * WAYS, MATH_THREADS = 128 * GROUPS;
+// Registers a thread: where accumulators are many, the copying warps give away what they do not need.
+constexpr bool GIVE = GROUPS == 2 && TOKENS == 256;
+constexpr int MATH_REGISTERS = 216, COPY_REGISTERS = 72;
+constexpr int COPY_WARPS = GIVE || TILES > 8 ? 3 : TILES / 4, THREADS = MATH_THREADS + 32 * (COPY_WARPS + 1);
+constexpr int FULL_X = 0, EMPTY_X = X_BOXES, FULL_CODES = 2 * X_BOXES, EMPTY_CODES = FULL_CODES + CODE_STAGES;
+constexpr int BARRIERS = EMPTY_CODES + CODE_STAGES;
+constexpr int RINGS = TABLE_BYTES, CODES = RINGS + X_BOXES * BOX_BYTES;
+constexpr int BARRIERS_AT = CODES + CODE_STAGES * CODE_BYTES;
+constexpr int TOKEN_BAND = 16;  // token tiles that are walked together, so that x and W both stay in the L2 cache
+
+static_assert(GROUPS * TOKENS * 256 <= BARRIERS_AT - RINGS, "partial sums must fit where the rings were");
+
+struct __align__(64) TensorMap {
+  u64 opaque[16];
+};
+
+// ---- barriers and copies --------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void init_barrier(u32 barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+__device__ __forceinline__ void wait_phase(u32 barrier, u32 phase) {
+  u32 done;
+  do {
+    asm volatile(
+        "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+        : "=r"(done)
+        : "r"(barrier), "r"(phase)
+        : "memory");
+  } while (!done);
+}
+
+__device__ __forceinline__ void arrive(u32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void expect_bytes(u32 barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, int k, int token, u32 barrier) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+               ::"r"(to), "l"(&map), "r"(k), "r"(token), "r"(barrier)
+               : "memory");
+}
+
+// A slot of a ring and the parity of its current use; both sides of a ring walk it alike.
+template <int SLOTS>
+struct Cursor {
+  int slot;
+  u32 phase = 0;
+  __device__ __forceinline__ void advance(int by) {
+    slot += by;
+    if (slot >= SLOTS) slot -= SLOTS, phase ^= 1;
+  }
+};
+
+// ---- work ------------------------------------------------------------------------------------------------------------
+
+struct Work {
+  int m, n, tiles, units, token_tiles, first, count;  // tiles: row tiles of W; units: blocks' tiles along N
+  __device__ __forceinline__ int total() const { return units * token_tiles; }
+  // Which rows and tokens tile number `at` has: bands of tokens, and within a band the tokens fastest.
+  __device__ __forceinline__ void locate(int at, int& unit, int& token) const {
+    if (token_tiles == 1) {
+      unit = at, token = 0;
+      return;
+    }
+    int band = at / (TOKEN_BAND * units), rest = at - band * TOKEN_BAND * units;
+    int width = min(TOKEN_BAND, token_tiles - band * TOKEN_BAND);
+    unit = rest / width;
+    token = (band * TOKEN_BAND + rest % width) * TOKENS;
+  }
+};
+
+// Codes and scales go by the threads' own asynchronous copies: a bulk copy of a kilobyte costs its issuer 70 cycles.
+__device__ __forceinline__ void copy_codes(const Work& work, const u8* weight, const u16* scales, int chunks, int groups,
+                                           u32 magic, u32 shared, u32 barriers, int warp, int lane, int begin,
+                                           int stride) {
+  constexpr int PARTS = (TILES + COPY_WARPS - 1) / COPY_WARPS;
+  constexpr int REST = 4 * LANE_WORDS - 16, PIECES = TILES * SCALE_SETS * 2, COPY_LANES = 32 * COPY_WARPS;
+  Cursor<CODE_STAGES> cursor{0};
+  for (int at = begin; at < work.total(); at += stride) {
+    int unit, token;
+    work.locate(at, unit, token);
+    const u8* from = weight + ((u64)unit * TILES * chunks + work.first) * CHUNK_BYTES;
+    const u16* scales_from = scales + (u64)unit * TILES * groups * TILE_ROWS;
+    const int last = work.tiles - 1 - unit * TILES;  // rows beyond the last: copied from it, never stored
+    u32 offset[PARTS];
+#pragma unroll
+    for (int i = 0; i < PARTS; ++i) offset[i] = min(i * COPY_WARPS + warp, last) * chunks * CHUNK_BYTES + lane * 16;
+    for (int chunk = work.first; chunk < work.first + work.count; ++chunk, cursor.advance(1), from += CHUNK_BYTES) {
+      wait_phase(barriers + 8 * (EMPTY_CODES + cursor.slot), cursor.phase ^ 1);
+      const u32 slot = shared + CODES + cursor.slot * CODE_BYTES;
+#pragma unroll
+      for (int i = 0; i < PARTS; ++i) {
+        if (i * COPY_WARPS + warp >= TILES) break;
+        const u32 to = slot + (i * COPY_WARPS + warp) * CHUNK_BYTES;
+        copy_async<16>(to + lane * 16, from + offset[i]);
+        if (REST > 0) copy_async<REST == 0 ? 4 : REST>(to + 512 + lane * REST, from + 512 + (offset[i] - lane * (16 - REST)));
+      }
+#pragma unroll
+      for (int i = 0; i < (PIECES + COPY_LANES - 1) / COPY_LANES; ++i) {
+        const int piece = i * COPY_LANES + warp * 32 + lane, tile = min(piece / (2 * SCALE_SETS), last);
+        if (piece >= PIECES) break;
+        const int block = chunk * (CHUNK_K / BLOCK_K) + piece / 2 % SCALE_SETS * (GROUP_BLOCK / BLOCK_K);
+        const u32 group = tile * groups + group_of(block, magic, groups);
+        copy_async<16>(slot + TILES * CHUNK_BYTES + piece * 16, scales_from + group * TILE_ROWS + piece % 2 * 8);
+      }
+      asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barriers + 8 * (FULL_CODES + cursor.slot))
+                   : "memory");
+    }
+  }
+}
+
+__device__ __forceinline__ void copy_x(const Work& work, const TensorMap& map, u32 shared, u32 barriers, int begin,
+                                       int stride) {
+  Cursor<X_BOXES> cursor{0};
+  for (int at = begin; at < work.total(); at += stride) {
+    int unit, token;
+    work.locate(at, unit, token);
+    for (int box = 2 * work.first; box < 2 * (work.first + work.count); ++box, cursor.advance(1)) {
+      const u32 full = barriers + 8 * (FULL_X + cursor.slot);
+      wait_phase(barriers + 8 * (EMPTY_X + cursor.slot), cursor.phase ^ 1);
+      expect_bytes(full, BOX_BYTES);
+      copy_box(shared + RINGS + cursor.slot * BOX_BYTES, map, box * BOX_K, token, full);
+    }
+  }
+}
+
+__device__ __forceinline__ u32 scaled(u32 pair, u32 scale) {
+  u32 result;
+#if BF16
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(pair), "r"(scale));
+#else
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(pair), "r"(scale));
+#endif
+  return result;
+}
+
+__device__ __forceinline__ u32 narrow_pair(float low, float high) {
+  u32 result;
+#if BF16
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+#else
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+#endif
+  return result;
+}
+
+// y of rows (row, row + 1) and tokens (token, token + 1), given as wgmma leaves them: {r t, r t+1, r+1 t, r+1 t+1}.
+__device__ __forceinline__ void store(const Work& work, u16* y, const u16* bias, int row, int token, float4 v) {
+  if (row >= work.n) return;
+  const bool both = row + 1 < work.n;
+  const float low = bias ? wide(bias[row]) : 0.0f, high = bias && both ? wide(bias[row + 1]) : 0.0f;
+  const u32 pairs[2] = {narrow_pair(v.x + low, v.z + high), narrow_pair(v.y + low, v.w + high)};
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if (token + i >= work.m) break;
+    u16* to = y + (u64)(token + i) * work.n + row;
+    if (work.n % 2 == 0) {
+      *(u32*)to = pairs[i];
+    } else {
+      to[0] = (u16)pairs[i];
+      if (both) to[1] = (u16)(pairs[i] >> 16);
+    }
+  }
+}
+
+__device__ __forceinline__ void release_registers() {
+  if (GIVE) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COPY_REGISTERS));
+}
+
+__device__ __forceinline__ void take_registers() {
+  if (GIVE) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MATH_REGISTERS));
+}
+
+__device__ __forceinline__ void meet_math() { asm volatile("bar.sync 1, %0;" ::"n"(MATH_THREADS) : "memory"); }
+
+__device__ __forceinline__ void meet_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Partial sums lie as planes: 8 tokens of one group's 64 rows, 16 bytes a thread. Planes go round the groups of all
+// blocks, and each is added up in the order of blocks and ways.
+__device__ __forceinline__ void add_partial_sums(const Work& work, u16* y, const u16* bias, u32 shared, int rank,
+                                                 int split, int begin, int thread) {
+  const int lane = thread & 31, warp = thread >> 5;
+  int unit, token;
+  work.locate(begin, unit, token);
+  for (int plane = rank * GROUPS + (warp >> 2); plane < ROWS * (TOKENS / 8); plane += GROUPS * split) {
+    const int group = plane / (TOKENS / 8), i = plane % (TOKENS / 8);
+    float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    for (int block = 0; block < split; ++block) {
+#pragma unroll
+      for (int way = 0; way < WAYS; ++way) {
+        const u32 here = shared + RINGS + ((((way * ROWS + group) * (TOKENS / 8) + i) * 128) + (thread & 127)) * 16;
+        u32 there;
+        float4 v;
+        asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(block));
+        asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                     : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                     : "r"(there)
+                     : "memory");
+        total.x += v.x, total.y += v.y, total.z += v.z, total.w += v.w;
+      }
+    }
+    const int row = (unit * TILES + group * 4 + (warp & 3)) * TILE_ROWS + 2 * (lane >> 2);
+    store(work, y, bias, row, token + 8 * i + 2 * (lane & 3), total);
+  }
+}
+
+// ---- the kernel --------------------------------------------------------------------------------------------------------
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+    lut_matmul(const __grid_constant__ TensorMap x, const u8* weight, const u16* scales, const u16* table, u64 vectors,
+               const u16* bias, u16* y, u64 m, u64 n, u64 k, u64 groups, u64 magic, u64 split,
+               u64 share) {
+  extern __shared__ __align__(1024) u8 memory[];
+  const u32 shared = shared_address(memory), barriers = shared + BARRIERS_AT;
+  const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
+  // Division by the size of a cluster, as a multiplication: 2^32 / size is exact enough for 65535 blocks.
+  const int begin = (int)(blockIdx.x * share >> 32), stride = (int)(gridDim.x * share >> 32);
+  const int rank = (int)blockIdx.x - begin * (int)split;
+  const int chunks = ((int)k + CHUNK_K - 1) / CHUNK_K, tiles = ((int)n + TILE_ROWS - 1) / TILE_ROWS;
+  const int first = (int)(rank * chunks * share >> 32), count = (int)((rank + 1) * chunks * share >> 32) - first;
+  const Work work{(int)m, (int)n, tiles, (tiles + TILES - 1) / TILES, ((int)m + TOKENS - 1) / TOKENS, first, count};
+
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  for (int i = warp; i < BARRIERS; i += THREADS / 32) {  // lane by lane a warp would need a microsecond
+    const bool full_x = i < EMPTY_X, full_codes = i >= FULL_CODES && i < EMPTY_CODES;
+    if (lane == 0) init_barrier(barriers + 8 * i, full_x ? 1 : full_codes ? 32 * COPY_WARPS : 4 * ROWS);
+  }
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  const u32 mine = table_value(table, vectors != 0, thread);
+  __syncthreads();
+
+  if (warp >= 4 * GROUPS) {
+    release_registers();
+    if (warp > 4 * GROUPS) {
+      copy_codes(work, weight, scales, chunks, (int)groups, (u32)magic, shared, barriers, warp - 4 * GROUPS - 1, lane,
+                 begin, stride);
+    } else if (lane == 0) {
+      asm volatile("griddepcontrol.wait;" ::: "memory");  // weights never depend on the kernel before this one, x does
+      copy_x(work, x, shared, barriers, begin, stride);
+    }
+    __syncwarp();
+    if (split > 1) meet_cluster(), meet_cluster();
+  } else {
+    take_registers();
+    fill_table(memory, table, vectors != 0, mine, thread, MATH_THREADS);
+    meet_math();
+    const u8* lane_table = lane_copy(memory, lane);
+    const int way = WAYS == 1 ? 0 : warp / (4 * ROWS), tile = warp % (4 * ROWS);  // a group's four warps take neighbouring tiles
+    Cursor<CODE_STAGES> codes{way};
+    Cursor<X_BOXES> box{2 * way};
+    for (int at = begin; at < work.total(); at += stride) {
+      float acc[TOKENS / 2];
+#pragma unroll
+      for (int i = 0; i < TOKENS / 2; ++i) acc[i] = 0.0f;
+      u32 a[2][2][4];
+      u32 last = 0;  // barrier of the box that is released when its last step is surely over
+      for (int chunk = way; chunk < count; chunk += WAYS, codes.advance(WAYS), box.advance(2 * WAYS)) {
+        const u8* slot = memory + CODES + codes.slot * CODE_BYTES;
+        wait_phase(barriers + 8 * (FULL_CODES + codes.slot), codes.phase);
+        u32 words[LANE_WORDS], both[SCALE_SETS];
+        load_words(words, slot + tile * CHUNK_BYTES, lane);
+#pragma unroll
+        for (int set = 0; set < SCALE_SETS; ++set) {
+          both[set] = *(const u32*)(slot + TILES * CHUNK_BYTES + (tile * SCALE_SETS + set) * 32 + (lane >> 2) * 4);
+        }
+        __syncwarp();
+        if (lane == 0) arrive(barriers + 8 * (EMPTY_CODES + codes.slot));
+        Cursor<X_BOXES> second = box;
+        second.advance(1);
+#pragma unroll
+        for (int two = 0; two < STEPS / 2; ++two) {
+          const Cursor<X_BOXES>& half = two < 2 ? box : second;
+          u32(&now)[2][4] = a[two & 1];
+          wait_steps<1>(acc);  // the steps before the last two are over: their registers and their box are free
+          if (two % 2 == 1 && last != 0 && lane == 0) arrive(last);
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const int step = 2 * two + i;
+            load_weights(now[i], words, step, lane_table);
+            const u32 scale = both[step * 16 / GROUP_BLOCK];
+            const u32 low = __byte_perm(scale, 0, 0x1010), high = __byte_perm(scale, 0, 0x3232);
+            now[i][0] = scaled(now[i][0], low), now[i][2] = scaled(now[i][2], low);
+            now[i][1] = scaled(now[i][1], high), now[i][3] = scaled(now[i][3], high);
+          }
+          if (two % 2 == 0) wait_phase(barriers + 8 * (FULL_X + half.slot), half.phase);
+          // K-major, 128-byte swizzle: 8 tokens are 1024 bytes; a step of 16 k is 32 bytes further
+          const u64 b = (u64)((shared + RINGS + half.slot * BOX_BYTES) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+          begin_steps();
+          wgmma(acc, now[0], b + 4 * (two & 1));
+          wgmma(acc, now[1], b + 4 * (two & 1) + 2);
+          commit_steps();
+          if (two % 2 == 1) last = barriers + 8 * (EMPTY_X + half.slot);
+        }
+      }
+      wait_steps<0>(acc);
+      if (last != 0 && lane == 0) arrive(last);
+
+      int unit, token;
+      work.locate(at, unit, token);
+      const int row = (unit * TILES + tile) * TILE_ROWS + 2 * (lane >> 2);
+      token += 2 * (lane & 3);
+      if (WAYS == 1 && split == 1) {
+        if (work.n % 2 == 0 && row + 1 < work.n && token + TOKENS <= work.m + 2 * (lane & 3)) {  // all there is of it
+          u16* to = y + (u64)token * work.n + row;
+          const float low = bias ? wide(bias[row]) : 0.0f, high = bias ? wide(bias[row + 1]) : 0.0f;
+#pragma unroll
+          for (int i = 0; i < TOKENS / 8; ++i, to += 8ull * work.n) {
+            *(u32*)to = narrow_pair(acc[4 * i] + low, acc[4 * i + 2] + high);
+            *(u32*)(to + work.n) = narrow_pair(acc[4 * i + 1] + low, acc[4 * i + 3] + high);
+          }
+        } else {
+#pragma unroll
+          for (int i = 0; i < TOKENS / 8; ++i) {
+            store(work, y, bias, row, token + 8 * i, make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]));
+          }
+        }
+      } else {  // at most one tile: the rings are free once every group is here
+        meet_math();
+        float4* sums = (float4*)(memory + RINGS) + (warp >> 2) * (TOKENS / 8) * 128 + (thread & 127);
+#pragma unroll
+        for (int i = 0; i < TOKENS / 8; ++i) {
+          sums[i * 128] = make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]);
+        }
+      }
+    }
+    if (WAYS > 1 || split > 1) {
+      if (split > 1) meet_cluster();
+      else meet_math();
+      if (begin < work.total()) add_partial_sums(work, y, bias, shared, rank, (int)split, begin, thread);
+      if (split > 1) meet_cluster();  // others may still be reading
+    }
+  }
+}

@@ -1,0 +1,175 @@
+"""Problem and GPU -> launch plan of the matmul kernel (``cuda/matmul.cu``, Hopper), by arithmetic alone.
+
+What a tiling decides:
+
+* ``tokens`` and ``rows``: a block takes 64 * rows rows of W times ``tokens`` tokens. More rows read x less often, more
+  tokens decode W less often.
+* ``ways`` and ``split``: among how many groups of warps and blocks of a cluster K is cut, so that small layers keep all
+  SMs busy.
+* ``per_sm``: blocks that fit an SM together. With two, the next launch asks for its weights while this one computes.
+* ``boxes`` and ``stages``: lengths of the rings of x and of codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil
+
+from .layout import CHUNK_K, TILE_ROWS, chunk_bytes
+from .plan import MAX_IN_FEATURES, TABLE_BYTES, Gpu, group_block
+
+_TOKENS = (16, 32, 48, 64, 96, 128, 192, 256)
+FEWEST_TOKENS = 8  # up to here the decode kernel was never behind
+_SHAPES = ((1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (2, 2), (1, 3), (1, 4))  # (rows, ways)
+SPLITS = (1, 2, 3, 4, 8)
+_FLIGHT_BYTES = 48 * 1024  # codes on their way per SM: deeper rings only make the first chunk wait for all the others
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """One launch of the matmul kernel."""
+
+    tokens: int
+    rows: int
+    ways: int
+    split: int
+    per_sm: int
+    boxes: int
+    stages: int
+    group_block: int
+    blocks: int
+    shared_bytes: int
+    cycles: float
+
+    @property
+    def threads(self) -> int:
+        """Threads per block: groups of four computing warps, and those that copy."""
+        return 32 * _warps(self.tokens, self.rows, self.ways)
+
+    def macros(self, bits: int, bf16: bool) -> tuple[tuple[str, int], ...]:
+        """The macros that select this tiling's kernel."""
+        return (
+            ("BITS", bits),
+            ("BF16", int(bf16)),
+            ("GROUP_BLOCK", self.group_block),
+            ("TOKENS", self.tokens),
+            ("ROWS", self.rows),
+            ("WAYS", self.ways),
+            ("BLOCKS", self.per_sm),
+            ("X_BOXES", self.boxes),
+            ("CODE_STAGES", self.stages),
+        )
+
+
+def _warps(tokens: int, rows: int, ways: int) -> int:
+    copying = 4 if rows > 2 or tokens * rows * ways >= 512 else rows + 1
+    return 4 * rows * ways + copying
+
+
+def _fits_registers(tokens: int, rows: int, ways: int, per_sm: int) -> bool:
+    """Whether no register is spilled, from what the compiler was seen to need; CI compiles every variant."""
+    if tokens == 256:
+        return per_sm == 1 and rows * ways <= 2 and ways == 1
+    needed = tokens // 2 + 48 + (9 if ways > 1 else 0)
+    quarter = -(-_warps(tokens, rows, ways) * per_sm // 4)  # an SM's warps and registers come in quarters
+    return needed <= min(255, 65536 // (128 * quarter) // 8 * 8)
+
+
+def variants() -> list[tuple[int, int, int, int]]:
+    """Every (tokens, rows, ways, per_sm) that a tiling may have."""
+    return [
+        (tokens, rows, ways, per_sm)
+        for tokens in _TOKENS
+        for rows, ways in _SHAPES
+        for per_sm in (1, 2)
+        if _fits_registers(tokens, rows, ways, per_sm)
+    ]
+
+
+def tiling(
+    gpu: Gpu, m: int, n: int, k: int, bits: int, block: int, tokens: int, rows: int, ways: int, split: int, per_sm: int
+) -> Tiling | None:
+    """The tiling with these numbers, or None where shared memory or the GPU does not allow it."""
+    chunks = -(-k // CHUNK_K)
+    together = dict(gpu.clusters).get(split, 0)
+    if together == 0 or split * ways > chunks:
+        return None
+    box = tokens * 128
+    slot = 4 * rows * (chunk_bytes(bits) + 32 * (CHUNK_K // block))
+    room = (gpu.shared_bytes + 1024) // per_sm - 1024 - TABLE_BYTES[bits] - 256
+    stages = max(3, ways + 1, -(-_FLIGHT_BYTES // (slot * per_sm)))
+    if tokens == 256:
+        stages = 3  # x is what the tensor cores would wait for: it gets all the room
+    stages = min(stages, 8, (room - max(3, 2 * ways) * box) // slot)
+    if stages < max(2, ways):
+        return None
+    boxes = min((room - stages * slot) // box, 2 * stages, 12)
+    if boxes < max(3, 2 * ways) or rows * ways * tokens * 256 > boxes * box + stages * slot:
+        return None
+    units = ceil(n / (4 * TILE_ROWS * rows)) * ceil(m / tokens)
+    blocks = split * units if split * ways > 1 else min(units, gpu.sms * per_sm)
+    shared = TABLE_BYTES[bits] + boxes * box + stages * slot + 8 * (2 * boxes + 2 * stages)
+    # The next launch's blocks come as soon as there is room. They must not gather two by two on some SMs: either none
+    # fits beside one that runs, or every SM gets one.
+    if per_sm == 1:
+        shared = max(shared, gpu.shared_bytes // 2 + 1024)
+    else:
+        blocks = max(blocks, together * split)
+    at_once = (together if split * ways > 1 else gpu.sms) * per_sm
+    cycles = _cycles(gpu, bits, tokens, rows, ways, split, -(-chunks // split), slot, units, at_once, per_sm)
+    return Tiling(tokens, rows, ways, split, per_sm, boxes, stages, block, blocks, shared, cycles)
+
+
+def _cycles(
+    gpu: Gpu, bits: int, tokens: int, rows: int, ways: int, split: int, chunks: int, slot: int, units: int,
+    at_once: int, per_sm: int,
+) -> float:  # fmt: skip
+    """Estimate of one launch: waves of blocks, each as long as its SM or a group of warps on its own needs, and a rest.
+
+    An SM takes a chunk of 64 rows as fast as the slowest of four allows: instructions (decoding), tensor cores, what
+    comes out of the L2 cache, and its share of the memory. A group of warps on its own
+    needs its latency. The factors were fitted to 5,999 timings of one H100 (docs/kernel-log.md,
+    benchmarks/results/plan_sweep_h100.csv).
+    """
+    issue = {4: 303, 3: 330, 2: 226}[bits] + 2.0 * tokens
+    tensor = 4.3 * tokens
+    cache = (256 * tokens + slot) / rows / 87
+    memory = slot / rows * min(1.0, units * split / gpu.sms) / 17.0
+    alone = -(-chunks // ways) * (705 + 1.1 * tokens)
+    resident = min(per_sm, -(-units * per_sm // at_once))
+    together = chunks * rows * resident * _soft_max(4.3, issue, tensor, cache, memory)
+    meeting = 0.0
+    if split * ways > 1:
+        sums = rows * tokens * (15.9 if split > 1 else 7.6)
+        meeting = 4540 + 1130 * (ways - 1) + 58 * (split - 1) + sums
+    return -(-units // at_once) * (_soft_max(4.1, alone, together) + meeting) + (1270 if per_sm == 1 else 800)
+
+
+def _soft_max(power: float, *terms: float) -> float:
+    """Near balance every term is felt."""
+    return float(sum(term**power for term in terms) ** (1 / power))
+
+
+def candidates(gpu: Gpu, m: int, n: int, k: int, bits: int, block: int) -> Iterator[Tiling]:
+    """Every tiling worth a look for y (m, n) = x (m, k) . W^T."""
+    whole = next((tokens for tokens in _TOKENS if tokens >= m), 0)
+    half = next((tokens for tokens in _TOKENS if 2 * tokens >= m), 0)
+    for tokens, rows, ways, per_sm in variants():
+        if tokens not in ((whole, half) if m <= 256 else (128, 192, 256)):
+            continue
+        for split in SPLITS:
+            made = tiling(gpu, m, n, k, bits, block, tokens, rows, ways, split, per_sm)
+            # where K is cut blocks are not persistent: many waves of them would each begin anew
+            if made and (split * ways == 1 or made.blocks // split <= 2 * per_sm * dict(gpu.clusters)[split]):
+                yield made
+
+
+@lru_cache(maxsize=4096)
+def make(gpu: Gpu, m: int, n: int, k: int, bits: int, group: int) -> Tiling | None:
+    """The tiling to run, or None where the GPU is no Hopper or K is beyond the kernel's arithmetic."""
+    if not gpu.has_wgmma or k > MAX_IN_FEATURES:
+        return None
+    found = candidates(gpu, m, n, k, bits, group_block(group, k))
+    return min(found, key=lambda one: one.cycles, default=None)

@@ -1,0 +1,79 @@
+"""Tilings of the matmul kernel are legal on Hopper, cover everything once, and exist for every problem."""
+
+from math import ceil
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flute.kernels import plan, tiles
+from flute.kernels.layout import CHUNK_K, TILE_ROWS, chunk_bytes
+
+H100 = plan.Gpu(132, 232448, "sm_90", ((1, 132), (2, 66), (3, 39), (4, 30), (8, 15)))
+A100 = plan.Gpu(108, 166912, "sm_80", ((1, 108), (2, 54), (3, 36), (4, 27), (8, 13)))
+
+
+def legal(made: tiles.Tiling, m: int, n: int, k: int, bits: int, group: int) -> None:
+    assert made.shared_bytes * made.per_sm + 1024 * made.per_sm <= H100.shared_bytes + 1024
+    assert made.threads <= 1024 and made.threads * made.per_sm <= 2048
+    assert made.rows * made.ways <= 4 and made.ways <= made.stages and 2 * made.ways <= made.boxes
+    ring = made.boxes * made.tokens * 128 + made.stages * 4 * made.rows * (
+        chunk_bytes(bits) + 32 * CHUNK_K // made.group_block
+    )
+    assert made.rows * made.ways * made.tokens * 256 <= ring  # partial sums lie where the rings were
+    assert made.split * made.ways <= -(-k // CHUNK_K)  # nobody without a chunk: sums of nothing are never written
+    assert made.blocks % made.split == 0
+    if made.split * made.ways > 1:  # not persistent: a block takes one tile
+        assert made.blocks >= made.split * ceil(n / (4 * TILE_ROWS * made.rows)) * ceil(m / made.tokens)
+    if 0 < group < k:
+        assert group % made.group_block == 0
+
+
+@given(
+    st.integers(1, 5000),
+    st.integers(1, 40000),
+    st.integers(1, 40000),
+    st.sampled_from([2, 3, 4]),
+    st.sampled_from([32, 64, 96, 128, 256, -1]),
+)
+@settings(deadline=None, max_examples=300)
+def test_tilings_are_legal(m: int, n: int, k: int, bits: int, group: int) -> None:
+    made = tiles.make(H100, m, n, k, bits, k if group == -1 else group)
+    assert made is not None and made.cycles > 0
+    legal(made, m, n, k, bits, group)
+
+
+@pytest.mark.parametrize(("n", "k"), [(4096, 4096), (333, 776), (1, 64), (64, 53248)])
+@pytest.mark.parametrize("m", [1, 40, 256, 3000])
+def test_all_candidates_are_legal_and_kernels_of_theirs_are_compiled_in_the_tests(m: int, n: int, k: int) -> None:
+    found = list(tiles.candidates(H100, m, n, k, 4, 64))
+    assert found
+    for made in found:
+        legal(made, m, n, k, 4, 64)
+        assert (made.tokens, made.rows, made.ways, made.per_sm) in tiles.variants()
+
+
+def test_only_hopper_has_the_kernel() -> None:
+    assert tiles.make(A100, 256, 4096, 4096, 4, 64) is None
+    assert tiles.make(plan.Gpu(170, 101376, "sm_120", H100.clusters), 256, 4096, 4096, 4, 64) is None
+
+
+def test_slices_of_k_by_multiplication_are_exact() -> None:
+    """The kernel divides by the size of a cluster with 2^32 / size, rounded up."""
+    for split in tiles.SPLITS:
+        share = -(-(1 << 32) // split)
+        for value in (*range(2000), 8 * (plan.MAX_IN_FEATURES // CHUNK_K), 65535):
+            assert value * share >> 32 == value // split
+
+
+@pytest.mark.parametrize("m", [1, 64, 256, 1000, 9000])
+@pytest.mark.parametrize("units", [1, 7, 32])
+def test_the_walk_over_tiles_meets_each_once(m: int, units: int) -> None:
+    """The same arithmetic as Work::locate in matmul.cu."""
+    tokens, band = 128, 16
+    token_tiles, seen = -(-m // tokens), []
+    for at in range(units * token_tiles):
+        first = at // (band * units)
+        rest, width = at - first * band * units, min(band, token_tiles - first * band)
+        seen.append((rest // width, first * band + rest % width))
+    assert sorted(seen) == [(unit, tile) for unit in range(units) for tile in range(token_tiles)]
