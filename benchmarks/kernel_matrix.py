@@ -1,6 +1,6 @@
 """The operator's answers over shapes x bits x group sizes x dtypes x tokens, as one CSV.
 
-    python benchmarks/kernel_matrix.py --output benchmarks/results/kernel_matrix_h100.csv [--quick]
+    python benchmarks/kernel_matrix.py --output benchmarks/results/kernel_matrix_h100.csv [--quick] [--workers 12]
 
 Every row of the CSV is one (shape, spec, dtype) with the worst error over all numbers of tokens, beside torch's own,
 and the number of failed checks (decoding, integers and error bounds of flute/bench/correctness.py). Exit code 1 if any.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import multiprocessing
 import sys
 import time
 
@@ -55,8 +56,9 @@ def cases(quick: bool) -> list[tuple[str, Case]]:
     ]
 
 
-def run(model: str, case: Case) -> dict[str, object]:
+def run(named: tuple[str, Case]) -> dict[str, object]:
     """All checks of one case."""
+    model, case = named
     problem = Problem(case)
     reasons = [check_decoding(problem, tokens) for tokens in (1, 16, 64)]
     # sums of larger K leave the exact range of float32 with the larger scales; a slice of K is as good a test
@@ -85,13 +87,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", required=True)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument(
+        "--workers", type=int, default=1, help="processes; most of the time goes into compiling kernels"
+    )
     arguments = parser.parse_args()
     todo, failures, checks, begun = cases(arguments.quick), 0, 0, time.monotonic()
     with open(arguments.output, "w", newline="") as file:
         file.write(f"# {describe()}\n")
         writer: csv.DictWriter | None = None
-        for number, (model, case) in enumerate(todo):
-            row = run(model, case)
+        pool = multiprocessing.get_context("spawn").Pool(arguments.workers) if arguments.workers > 1 else None
+        for number, row in enumerate(pool.imap(run, todo) if pool else map(run, todo)):
             writer = writer or csv.DictWriter(file, row)
             if number == 0:
                 writer.writeheader()
