@@ -142,9 +142,11 @@ def test_graphs_and_streams() -> None:
     assert all(torch.equal(y, right) for y in results)
 
 
-def test_threads() -> None:
+@pytest.mark.parametrize("m", [4, 80])
+def test_threads(m: int) -> None:
+    """Threads that have not used CUDA before among them, as autograd's are when a checkpointed layer runs again."""
     linear = layer()
-    x = torch.randn(4, 2048, device="cuda").half()
+    x = torch.randn(m, 2048, device="cuda").half()
     right, wrong = linear(x), []
 
     def run() -> None:
@@ -157,6 +159,17 @@ def test_threads() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_another_device_than_the_current_one() -> None:
+    """A model spread over two GPUs: nobody sets the current device for each layer."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    linear = layer()
+    other = layer().to("cuda:1")
+    for m in (4, 80):
+        x = torch.randn(m, 2048, device="cuda").half()
+        assert torch.equal(other(x.to("cuda:1")).to("cuda:0"), linear(x))
 
 
 def test_gradients() -> None:

@@ -222,13 +222,15 @@ def _tensor_map(device: int, pointer: int, m: int, k: int, tokens: int) -> Any:
     from cuda.core._tensor_map import TensorMapDescriptorOptions, TensorMapL2Promotion, TensorMapSwizzle
     from cuda.core.utils import StridedMemoryView
 
-    view = StridedMemoryView.from_cuda_array_interface(_Address(pointer, (m, k)), stream_ptr=-1)
     options = TensorMapDescriptorOptions(
         box_dim=(tokens, 64),
         swizzle=TensorMapSwizzle.SWIZZLE_128B,
         l2_promotion=TensorMapL2Promotion.L2_256B,
     )
-    return view.as_tensor_map(options=options)
+    with torch.cuda.device(device):  # made in the context it is used in, also by a thread that has none yet
+        _core().Device(device).set_current()
+        view = StridedMemoryView.from_cuda_array_interface(_Address(pointer, (m, k)), stream_ptr=-1)
+        return view.as_tensor_map(options=options)
 
 
 def _matmul(
