@@ -1,0 +1,73 @@
+"""Machine code of the main kernels on Hopper: what the budget in docs/kernel-log.md counts on is really there.
+
+CI has no GPU. These counts change when the compiler unrolls less, makes asynchronous steps wait, or uses local memory.
+"""
+
+import re
+import shutil
+import subprocess
+from collections import Counter
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from compiler import needs_nvrtc
+from test_compile import H100
+
+from flute.kernels import jit, plan, tiles
+
+
+def disassembler() -> str | None:
+    """NVIDIA's own, from the PATH or from the wheel nvidia-cuda-nvdisasm."""
+    try:
+        listed = metadata.files("nvidia-cuda-nvdisasm") or []
+    except metadata.PackageNotFoundError:
+        listed = []
+    found = [Path(str(file.locate())) for file in listed if file.name == "nvdisasm"]
+    return str(found[0]) if found else shutil.which("nvdisasm")
+
+
+TOOL = disassembler()
+pytestmark = [needs_nvrtc, pytest.mark.skipif(TOOL is None, reason="no nvdisasm; pip install nvidia-cuda-nvdisasm")]
+
+
+def instructions(tmp_path: Path, file: str, macros: dict[str, int], arch: str, kernel: str) -> Counter[str]:
+    """How often each instruction, with its modifiers, stands in ``kernel``; without the dead ``LDS RZ``.
+
+    ptxas puts some of those in front of every LDGSTS; they load nothing.
+    """
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(jit.compile_cubin(jit.source(file, macros), arch))
+    text = subprocess.run([str(TOOL), "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+    text = re.sub(r"(?m)^.*\bLDS RZ,.*$", "", text)
+    section = text.split(f".text.{kernel}:")[1].split(".section")[0]
+    return Counter(re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", section, re.MULTILINE))
+
+
+def count(found: Counter[str], pattern: str) -> int:
+    return sum(times for name, times in found.items() if re.match(pattern, name))
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+@pytest.mark.parametrize(("tokens", "rows"), [(16, 4), (64, 4), (128, 2), (256, 2)])
+def test_matmul(tmp_path: Path, bits: int, tokens: int, rows: int) -> None:
+    made = tiles.tiling(H100, tokens, 8192, 4096, bits, 64, tokens, rows, 1, 1, 1)
+    assert made is not None
+    found = instructions(tmp_path, "matmul.cu", dict(made.macros(bits, False)), "sm_90a", "lut_matmul")
+    assert count(found, "HGMMA") == 8  # the steps of a chunk, once: unrolled, and no second copy for the end
+    assert count(found, "WARPGROUP.DEPBAR") == 5  # one wait per two steps and one at the end: none behind every step
+    # lookups: one a pair of weights, or two pairs at 2 bits; a word of scales per group; at 3 bits some codes
+    assert count(found, r"LDS(\.64)?$") == {4: 32 + 2, 3: 32 + 2 + 1, 2: 16 + 2}[bits]
+    assert count(found, "HMUL2") == 32
+    assert count(found, "LDGSTS") > 0 and count(found, "UTMALDG") == 1
+    assert count(found, "LDL|STL") == 0
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_decode(tmp_path: Path, bits: int) -> None:
+    macros = dict(plan.decode_macros(bits, False, 64, 1, 1, 4))
+    found = instructions(tmp_path, "decode.cu", macros, "sm_90", "lut_decode")
+    assert count(found, "HMMA.16816.F32") == 8
+    assert count(found, "LDSM") == 4  # x: 32 k of eight tokens each
+    assert count(found, "LDL|STL") == 0
+    assert count(found, r"LDGSTS\.E\.BYPASS\.LTC256B\.128") > 0
