@@ -108,7 +108,7 @@ def test(arguments: list[str]) -> None:
         run(PYTHON, "-m", "pytest", *arguments)
     else:  # two threads a worker: threaded code is exercised, and the workers do not fight for the cores
         threads = os.environ.get("OMP_NUM_THREADS", "2")
-        run(PYTHON, "-m", "pytest", "-n", "auto", *arguments, env={"OMP_NUM_THREADS": threads})
+        run(PYTHON, "-m", "pytest", "-n", "auto", "--dist", "worksteal", *arguments, env={"OMP_NUM_THREADS": threads})
 
 
 def check(arguments: list[str]) -> None:
