@@ -129,6 +129,11 @@ def test_graphs_and_streams() -> None:
             y.zero_()
             graph.replay()
         assert torch.equal(y, right)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = linear(x + 0)  # an address that nothing has met before
+        graph.replay()
+        assert torch.equal(y, right)
     x = torch.randn(16, 4096, device="cuda").half()
     right = linear(x)
     torch.cuda.synchronize()

@@ -95,12 +95,17 @@ def _config(grid: tuple[int, int], block: int, shared: int, cluster: int, overla
     return _core().LaunchConfig(grid=grid, block=block, shmem_size=shared, **extra)
 
 
+def _bind() -> None:
+    """A thread new to CUDA, such as autograd's, has no current context yet: give it that of torch's current device."""
+    if not getattr(_thread, "bound", False):
+        _core().Device(torch.cuda.current_device()).set_current()
+        _thread.bound = True
+
+
 def _launch(device: torch.device, config: Any, kernel: Any, *arguments: Any) -> None:
     stream = torch.cuda.current_stream(device)
     core = _core()
-    if not getattr(_thread, "bound", False):  # a thread new to CUDA, such as autograd's, has no current context yet
-        core.Device(torch.cuda.current_device()).set_current()
-        _thread.bound = True
+    _bind()
     if device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             core.launch(_stream(stream.cuda_stream), config, kernel, *arguments)
@@ -227,8 +232,8 @@ def _tensor_map(device: int, pointer: int, m: int, k: int, tokens: int) -> Any:
         swizzle=TensorMapSwizzle.SWIZZLE_128B,
         l2_promotion=TensorMapL2Promotion.L2_256B,
     )
-    with torch.cuda.device(device):  # made in the context it is used in, also by a thread that has none yet
-        _core().Device(device).set_current()
+    with torch.cuda.device(device):  # made in the context it is used in
+        _bind()
         view = StridedMemoryView.from_cuda_array_interface(_Address(pointer, (m, k)), stream_ptr=-1)
         return view.as_tensor_map(options=options)
 
