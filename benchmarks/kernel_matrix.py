@@ -92,11 +92,11 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     todo, failures, checks, begun = cases(arguments.quick), 0, 0, time.monotonic()
-    with open(arguments.output, "w", newline="") as file:
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Pool(arguments.workers) as pool, open(arguments.output, "w", newline="") as file:
         file.write(f"# {describe()}\n")
         writer: csv.DictWriter | None = None
-        pool = multiprocessing.get_context("spawn").Pool(arguments.workers) if arguments.workers > 1 else None
-        for number, row in enumerate(pool.imap(run, todo) if pool else map(run, todo)):
+        for number, row in enumerate(pool.imap(run, todo)):
             writer = writer or csv.DictWriter(file, row)
             if number == 0:
                 writer.writeheader()

@@ -19,8 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from flute.bench.machine import describe
-from flute.bench.timing import compare, copies_beyond_l2, read_ceiling
-from flute.kernels import layout
+from flute.bench.timing import compare, copies_beyond_l2, read_ceiling, rotating_weights
 from flute.kernels.ops import lut_linear
 from flute.spec import QuantSpec
 
@@ -36,14 +35,9 @@ def calls(n: int, k: int, spec: QuantSpec, m: int, dtype: torch.dtype) -> tuple[
     """torch's matmul, and the operator, on rotating weights."""
     x = torch.randn(m, k, device="cuda", dtype=dtype)
     dense = [torch.randn(n, k, device="cuda", dtype=dtype) for _ in range(copies_beyond_l2(2 * n * k))]
-    shape = layout.packed_shape(n, k, spec.bits)
-    copies = copies_beyond_l2(shape[0] * shape[1] * shape[2])
-    weights = [torch.randint(0, 256, shape, device="cuda", dtype=torch.uint8) for _ in range(copies)]
-    scales = [torch.rand(shape[0], spec.num_groups(k), 16, device="cuda").to(dtype) for _ in range(copies)]
-    table = torch.randn(spec.table_shape, device="cuda").to(dtype)
-    return [partial(F.linear, x, weight) for weight in dense], [
-        partial(lut_linear, x, w, s, table, spec=spec, out_features=n) for w, s in zip(weights, scales, strict=True)
-    ]
+    copies, table = rotating_weights(n, k, spec, dtype)
+    ours = [partial(lut_linear, x, weight, scales, table, spec=spec, out_features=n) for weight, scales in copies]
+    return [partial(F.linear, x, weight) for weight in dense], ours
 
 
 def main() -> None:

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 
 from flute.bench import timing
 from flute.bench.machine import describe
-from flute.kernels import cuda, jit, layout, plan, tiles
+from flute.kernels import cuda, jit, plan, tiles
+from flute.spec import QuantSpec
 
 SHAPES = [
     (4096, 4096), (1024, 4096), (6144, 4096), (4096, 14336), (8192, 8192), (28672, 4096), (2048, 2048), (28672, 8192),
@@ -33,7 +34,7 @@ FIELDS = ("tokens", "rows", "ways", "split", "blocks", "stages", "row_tiles", "c
 def contestants(gpu: plan.Gpu, m: int, n: int, k: int, bits: int) -> list[plan.Plan | tiles.Tiling]:
     """The most promising plans of the decode kernel, one or two blocks to an SM, and every tiling."""
     plans = plan.candidates(gpu, m, n, k, bits, 64) if m <= cuda.DECODE_TOKENS else []
-    one, two = ([p for p in plans if p.blocks == blocks] for blocks in (1, 2))
+    one, two = ([p for p in plans if p.per_sm == per_sm] for per_sm in (1, 2))
     return [*one[:14], *two[:12], *tiles.candidates(gpu, m, n, k, bits, 64)]
 
 
@@ -70,19 +71,15 @@ def main() -> None:
         writer = csv.writer(file)
         writer.writerow(["kernel", "n", "k", "bits", "m", "dense_us", "us", "estimated_cycles", *FIELDS])
         for (n, k, bits), group in itertools.groupby(problems, key=lambda problem: problem[:3]):
-            shape = layout.packed_shape(n, k, bits)
-            copies = min(COPIES, timing.copies_beyond_l2(shape[0] * shape[1] * shape[2]))
-            dense = [torch.randn(n, k, device="cuda").half() for _ in range(min(COPIES, copies))]
-            weights = [torch.randint(0, 256, shape, device="cuda", dtype=torch.uint8) for _ in range(copies)]
-            scales = [torch.rand(shape[0], k // 64, 16, device="cuda").half() for _ in range(copies)]
-            table = torch.randn(1 << bits, device="cuda").half()
+            copies, table = timing.rotating_weights(n, k, QuantSpec(bits, 64, "custom"), torch.float16, COPIES)
+            dense = [torch.randn(n, k, device="cuda").half() for _ in copies]
             for *_, m in group:
                 x = torch.randn(m, k, device="cuda").half()
                 base = timing.microseconds([partial(F.linear, x, weight) for weight in dense], replays=7)
                 for one in contestants(gpu, m, n, k, bits):
                     run = partial(cuda.lut_linear, x, forced=one)
                     spent = timing.microseconds(
-                        [partial(run, w, s, table, None, n, bits, 64) for w, s in zip(weights, scales, strict=True)],
+                        [partial(run, weight, scales, table, None, n, bits, 64) for weight, scales in copies],
                         replays=7,
                     )
                     kernel, plain = "matmul" if isinstance(one, tiles.Tiling) else "decode", asdict(one)

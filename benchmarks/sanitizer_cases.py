@@ -28,7 +28,7 @@ def kinds(m: int, n: int, k: int, bits: int, group: int) -> list[plan.Plan | til
     """The best plan of every kind, of both kernels."""
     gpu, best = cuda.gpu(0), {}
     for one in plan.candidates(gpu, m, n, k, bits, group):
-        best.setdefault((one.ways > 1, one.split > 1, one.row_tiles, one.blocks), one)
+        best.setdefault((one.ways > 1, one.split > 1, one.row_tiles, one.per_sm), one)
     if gpu.has_wgmma:
         for tile in sorted(
             tiles.candidates(gpu, m, n, k, bits, plan.group_block(group, k)), key=lambda tile: tile.cycles

@@ -4,6 +4,7 @@ import re
 
 import pytest
 from compiler import needs_nvrtc
+from gpus import GPUS
 
 from flute.errors import CompileError
 from flute.kernels import jit, plan, tiles
@@ -49,7 +50,7 @@ def test_every_variant(arch: str, bits: int) -> None:
         assert not complaints(report("dequantize.cu", {"BITS": bits, "BF16": bf16}, arch))
 
 
-H100 = plan.Gpu(132, 232448, "sm_90", ((1, 132), (2, 66), (3, 39), (4, 30), (8, 15)))
+H100 = GPUS["H100"]
 
 
 @pytest.mark.parametrize("half", [0, 1])

@@ -1,19 +1,12 @@
 """Plans are legal on every GPU and problem, and cover every row and every chunk exactly once."""
 
 import pytest
+from gpus import GPUS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flute.kernels import plan
 from flute.kernels.layout import CHUNK_K, TILE_ROWS
-
-GPUS = {
-    "A100": plan.Gpu(108, 166912, "sm_80", ((1, 108), (2, 54), (3, 36), (4, 27), (8, 13))),
-    "RTX 3090": plan.Gpu(82, 101376, "sm_86", ((1, 82), (2, 41), (3, 27), (4, 20), (8, 10))),
-    "L40S": plan.Gpu(142, 101376, "sm_89", ((1, 142), (2, 71), (3, 47), (4, 35), (8, 17))),
-    "H100": plan.Gpu(132, 232448, "sm_90", ((1, 132), (2, 66), (3, 39), (4, 30), (8, 15))),
-    "RTX 5090": plan.Gpu(170, 101376, "sm_120", ((1, 170), (2, 85), (3, 56), (4, 40), (8, 20))),
-}
 
 
 @given(
@@ -29,11 +22,11 @@ def test_plans_are_legal(name: str, m: int, n: int, k: int, bits: int, group: in
     gpu = GPUS[name]
     made = plan.make(gpu, m, n, k, bits, k if group == -1 else group)
     assert made is not None
-    assert (made.shared_bytes + 1024) * made.blocks <= gpu.shared_bytes + 1024
-    assert made.blocks == 1 or gpu.has_clusters
+    assert (made.shared_bytes + 1024) * made.per_sm <= gpu.shared_bytes + 1024
+    assert made.per_sm == 1 or gpu.has_clusters
     assert made.tokens <= 8 * made.token_tiles
     assert made.passes * made.tokens >= m > (made.passes - 1) * made.tokens
-    assert made.warps <= plan._MAX_WARPS[made.token_tiles, made.row_tiles, made.blocks] <= 16
+    assert made.warps <= plan._MAX_WARPS[made.token_tiles, made.row_tiles, made.per_sm] <= 16
     assert made.ways == 1 or gpu.has_clusters
     assert 32 % (made.ways * made.split) == 0
     assert made.clusters == 1 or made.clusters * made.passes <= dict(gpu.clusters)[made.split]

@@ -3,14 +3,14 @@
 from math import ceil
 
 import pytest
+from gpus import GPUS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flute.kernels import plan, tiles
 from flute.kernels.layout import CHUNK_K, TILE_ROWS, chunk_bytes
 
-H100 = plan.Gpu(132, 232448, "sm_90", ((1, 132), (2, 66), (3, 39), (4, 30), (8, 15)))
-A100 = plan.Gpu(108, 166912, "sm_80", ((1, 108), (2, 54), (3, 36), (4, 27), (8, 13)))
+H100 = GPUS["H100"]
 
 
 def legal(made: tiles.Tiling, m: int, n: int, k: int, bits: int, group: int) -> None:
@@ -54,13 +54,13 @@ def test_all_candidates_are_legal_and_kernels_of_theirs_are_compiled_in_the_test
 
 
 def test_only_hopper_has_the_kernel() -> None:
-    assert tiles.make(A100, 256, 4096, 4096, 4, 64) is None
-    assert tiles.make(plan.Gpu(170, 101376, "sm_120", H100.clusters), 256, 4096, 4096, 4, 64) is None
+    for name in ("A100", "RTX 5090"):
+        assert tiles.make(GPUS[name], 256, 4096, 4096, 4, 64) is None
 
 
 def test_slices_of_k_by_multiplication_are_exact() -> None:
     """The kernel divides by the size of a cluster with 2^32 / size, rounded up."""
-    for split in tiles.SPLITS:
+    for split in plan.CLUSTER_SIZES:
         share = -(-(1 << 32) // split)
         for value in (*range(2000), 8 * (plan.MAX_IN_FEATURES // CHUNK_K), 65535):
             assert value * share >> 32 == value // split

@@ -8,11 +8,15 @@ its power limit runs slower the longer it has run, and whoever is measured secon
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
 
 import torch
+
+from ..kernels.layout import TILE_ROWS, packed_shape
+from ..spec import QuantSpec
 
 _L2_FACTOR = 3
 _WARM_UP_SECONDS = 0.1
@@ -23,6 +27,21 @@ def copies_beyond_l2(bytes_each: int, device: int = 0) -> int:
     """How many buffers of this size exceed three times the L2 cache (between 8 and 64)."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     return max(_FEWEST_COPIES, min(64, _L2_FACTOR * cache // bytes_each + 1))
+
+
+def rotating_weights(
+    n: int, k: int, spec: QuantSpec, dtype: torch.dtype, most: int = 64
+) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
+    """Random codes and scales of (n, k) in kernel order, at most ``most`` copies beyond the L2 cache; and a table."""
+    shape = packed_shape(n, k, spec.bits)
+    copies = [
+        (
+            torch.randint(0, 256, shape, device="cuda", dtype=torch.uint8),
+            torch.rand(shape[0], spec.num_groups(k), TILE_ROWS, device="cuda").to(dtype),
+        )
+        for _ in range(min(most, copies_beyond_l2(math.prod(shape))))
+    ]
+    return copies, torch.randn(spec.table_shape, device="cuda").to(dtype)
 
 
 def _captured(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:

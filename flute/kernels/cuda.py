@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -147,6 +147,19 @@ def choose(device: int, m: int, n: int, k: int, bits: int, group: int) -> plan.P
     return min((one for one in found if one is not None), key=lambda one: one.cycles, default=None)
 
 
+class _Operands(NamedTuple):
+    """A product as both kernels take it: tensors contiguous and aligned, N, bits, and the group size's magic number."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    scales: torch.Tensor
+    table: torch.Tensor
+    bias: torch.Tensor | None
+    n: int
+    bits: int
+    magic: int
+
+
 def lut_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -169,23 +182,15 @@ def lut_linear(
     chosen = forced or choose(x.device.index, m, out_features, k, bits, group)
     if chosen is None:
         return None
-    x, weight, scales, table = _aligned(x), _aligned(weight), _aligned(scales), _aligned(table)
-    bias = None if bias is None else bias.contiguous()
-    run: Any = _matmul if isinstance(chosen, tiles.Tiling) else _decode
-    return run(chosen, x, weight, scales, table, bias, out_features, bits, _group_magic(group, k))
+    operands = _Operands(
+        _aligned(x), _aligned(weight), _aligned(scales), _aligned(table), None if bias is None else bias.contiguous(),
+        out_features, bits, _group_magic(group, k),
+    )  # fmt: skip
+    return _matmul(chosen, operands) if isinstance(chosen, tiles.Tiling) else _decode(chosen, operands)
 
 
-def _decode(
-    chosen: plan.Plan,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scales: torch.Tensor,
-    table: torch.Tensor,
-    bias: torch.Tensor | None,
-    n: int,
-    bits: int,
-    magic: int,
-) -> torch.Tensor:
+def _decode(chosen: plan.Plan, operands: _Operands) -> torch.Tensor:
+    x, weight, scales, table, bias, n, bits, magic = operands
     (m, k), device = x.shape, x.device
     y = torch.empty(m, n, dtype=x.dtype, device=device)
     clusters = gpu(device.index).has_clusters
@@ -238,17 +243,8 @@ def _tensor_map(device: int, pointer: int, m: int, k: int, tokens: int) -> Any:
         return view.as_tensor_map(options=options)
 
 
-def _matmul(
-    chosen: tiles.Tiling,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scales: torch.Tensor,
-    table: torch.Tensor,
-    bias: torch.Tensor | None,
-    n: int,
-    bits: int,
-    magic: int,
-) -> torch.Tensor:
+def _matmul(chosen: tiles.Tiling, operands: _Operands) -> torch.Tensor:
+    x, weight, scales, table, bias, n, bits, magic = operands
     (m, k), device, split = x.shape, x.device, chosen.split
     if k % 8:  # the copy engine wants rows at multiples of 16 bytes
         x = torch.nn.functional.pad(x, (0, -k % 8))

@@ -6,7 +6,7 @@ The kernel streams row tiles through the warps of persistent blocks (see ``cuda/
 * ``ways``: among how many warps of a block a slice is cut again. More ways balance few rows over many SMs.
 * ``rows``: units of ``row_tiles`` tiles that a block works on at once; a block has ``rows * ways`` warps.
 * ``passes``: rows of the grid, ``tokens`` tokens each.
-* ``blocks``: blocks that fit an SM together. With two, the next launch asks for its weights while this one computes.
+* ``per_sm``: blocks that fit an SM together. With two, the next launch asks for its weights while this one computes.
 
 Plans are compared by an estimate of clock cycles: the chunks of the busiest warp, each at the rate of the SM's
 narrowest pipe or at the latency of one chunk, whichever is longer, plus what a round and a launch cost.
@@ -15,21 +15,20 @@ narrowest pipe or at the latency of one chunk, whichever is longer, plus what a 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from math import ceil
 
 from .layout import CHUNK_K, TILE_ROWS, chunk_bytes
 
 TABLE_BYTES = {4: 32768, 3: 8192, 2: 32768}
 _SCALE_BYTES = 128
-# By token tiles, row tiles and blocks of an SM: what a warp takes at once needs registers, and none may spill. Quarters
+# By token tiles, row tiles and blocks per SM: what a warp takes at once needs registers, and none may spill. Quarters
 # of an SM have registers of their own, so nine warps are as hard to fit as twelve.
 _MAX_WARPS = {
     (1, 1, 1): 16, (2, 1, 1): 10, (2, 2, 1): 8, (4, 1, 1): 8, (4, 2, 1): 8,
     (1, 1, 2): 12, (2, 1, 2): 8,
 }  # fmt: skip
 _SPILLING = {(4, 2, 1, 32), (1, 1, 2, 32)}  # the same and the group block: these would spill after all
-_MOST_STAGES = {1: 8, 2: 6}  # by blocks of an SM, likewise
+_MOST_STAGES = {1: 8, 2: 6}  # by blocks per SM, likewise
 _TOKEN_TILES = (1, 2, 4)
 CLUSTER_SIZES = (1, 2, 3, 4, 8)  # asked of the driver; the decode kernel uses powers of two
 _IN_FLIGHT_BYTES = 40 * 1024  # codes on their way per SM that saturate the memory: latency x bandwidth / SMs, and slack
@@ -52,6 +51,10 @@ class Gpu:
     arch: str
     clusters: tuple[tuple[int, int], ...]
     bytes_per_cycle: float = 13.5
+
+    def shared_of(self, per_sm: int) -> int:
+        """Most shared memory of one of ``per_sm`` blocks of an SM; the system takes 1 KB of each."""
+        return (self.shared_bytes + 1024) // per_sm - 1024
 
     @property
     def has_wgmma(self) -> bool:
@@ -81,7 +84,7 @@ class Plan:
     pitch: int
     shared_bytes: int
     cycles: float
-    blocks: int = 1
+    per_sm: int
 
     @property
     def warps(self) -> int:
@@ -90,11 +93,11 @@ class Plan:
 
     def macros(self, bits: int, bf16: bool) -> tuple[tuple[str, int], ...]:
         """The macros that select this plan's kernel."""
-        return decode_macros(bits, bf16, self.group_block, self.token_tiles, self.row_tiles, self.stages, self.blocks)
+        return decode_macros(bits, bf16, self.group_block, self.token_tiles, self.row_tiles, self.stages, self.per_sm)
 
 
 def decode_macros(
-    bits: int, bf16: bool, group_block: int, token_tiles: int, row_tiles: int, stages: int, blocks: int = 1
+    bits: int, bf16: bool, group_block: int, token_tiles: int, row_tiles: int, stages: int, per_sm: int
 ) -> tuple[tuple[str, int], ...]:
     """Macros of one variant of the decode kernel."""
     return (
@@ -104,20 +107,20 @@ def decode_macros(
         ("TOKEN_TILES", token_tiles),
         ("ROW_TILES", row_tiles),
         ("STAGES", stages),
-        ("MAX_THREADS", 32 * _MAX_WARPS[token_tiles, row_tiles, blocks]),
-        ("BLOCKS", blocks),
+        ("MAX_THREADS", 32 * _MAX_WARPS[token_tiles, row_tiles, per_sm]),
+        ("BLOCKS", per_sm),
     )
 
 
 def variants() -> list[tuple[tuple[str, int], ...]]:
     """Every variant of the decode kernel that a plan can ask for (stages only change the size of the ring)."""
     return [
-        decode_macros(bits, bf16, block, tiles, rows, 4, blocks)
+        decode_macros(bits, bf16, block, tiles, rows, 4, per_sm)
         for bits in (2, 3, 4)
         for bf16 in (False, True)
         for block in (32, 64, 128)
-        for tiles, rows, blocks in _MAX_WARPS
-        if (tiles, rows, blocks, block) not in _SPILLING
+        for tiles, rows, per_sm in _MAX_WARPS
+        if (tiles, rows, per_sm, block) not in _SPILLING
     ]
 
 
@@ -128,9 +131,9 @@ def group_block(group: int, in_features: int) -> int:
     return next(block for block in (128, 64, 32) if group % block == 0)
 
 
-def _stages(warps: int, slot: int, blocks: int) -> int:
+def _stages(warps: int, slot: int, per_sm: int) -> int:
     """Ring slots per warp, so that all warps together keep enough bytes in flight."""
-    wanted = min(-(-_IN_FLIGHT_BYTES // (warps * slot)) + 1, _MOST_STAGES[blocks])
+    wanted = min(-(-_IN_FLIGHT_BYTES // (warps * slot)) + 1, _MOST_STAGES[per_sm])
     return next(stages for stages in (3, 4, 6, 8) if stages >= wanted)  # few choices: each is a kernel of its own
 
 
@@ -161,7 +164,7 @@ def _candidate(
     rows: int,
     ways: int,
     split: int,
-    blocks: int,
+    per_sm: int,
 ) -> Plan | None:
     """The plan with these numbers, or None where shared memory, threads or the GPU do not allow it."""
     tokens = -(-m // passes)
@@ -170,15 +173,15 @@ def _candidate(
     warps, participants = rows * ways, ways * split
     chunks, units = ceil(k / CHUNK_K), ceil(n / (TILE_ROWS * row_tiles))
     together = dict(gpu.clusters).get(split, 0)
-    room = gpu.shared_bytes if blocks == 1 else (gpu.shared_bytes + 1024) // 2 - 1024
+    room = gpu.shared_of(per_sm)
     clusters = max(min(together, 1), together // passes)  # passes beyond what fits at once wait their turn
-    kind = (token_tiles, row_tiles, blocks)
-    if warps > _MAX_WARPS.get(kind, 0) or (*kind, block) in _SPILLING or (blocks > 1 and gpu.arch != "sm_90"):
+    kind = (token_tiles, row_tiles, per_sm)
+    if warps > _MAX_WARPS.get(kind, 0) or (*kind, block) in _SPILLING or (per_sm > 1 and gpu.arch != "sm_90"):
         return None
     if clusters == 0 or participants > min(32, chunks) or (ways > 1 and not gpu.has_clusters):
         return None
     slot = row_tiles * (chunk_bytes(bits) + _SCALE_BYTES)
-    wanted = _stages(warps, slot, blocks)
+    wanted = _stages(warps, slot, per_sm)
     # 16 bytes off a multiple of 128, so that eight tokens lie in different banks
     pitch = 2 * CHUNK_K * -(-chunks // split) + 16
     exchange = 2 * warps * row_tiles * token_tiles * 512 + 256 if participants > 1 and gpu.has_clusters else 0
@@ -187,7 +190,7 @@ def _candidate(
     if stages == 0:
         return None
     shared = fixed + warps * stages * slot
-    if blocks == 1:  # two to an SM: all SMs alike, or the next launch's blocks would gather where there is room
+    if per_sm == 1:  # two to an SM: all SMs alike, or the next launch's blocks would gather where there is room
         clusters = min(clusters, -(-units // rows))
     rounds = -(-units // (clusters * rows))
     rate, latency = _step_cycles(gpu, bits, block, token_tiles, row_tiles)
@@ -195,10 +198,10 @@ def _candidate(
     step = ((rate * busy) ** 6.3 + latency**6.3) ** (1 / 6.3)  # a soft maximum: near balance both are felt
     per_round = 0 if participants == 1 else 1380 + 35 * ways + (610 if split > 1 else 0) + 76 * row_tiles * token_tiles
     cycles = rounds * (-(-chunks // participants) * step + per_round)
-    cycles += (3700 if blocks == 1 else 3320) + 0.038 * tokens * pitch
+    cycles += (3700 if per_sm == 1 else 3320) + 0.038 * tokens * pitch
     return Plan(
         passes, tokens, token_tiles, row_tiles, rows, ways, split, stages, block, clusters, pitch, shared, cycles,
-        blocks,
+        per_sm,
     )  # fmt: skip
 
 
@@ -212,9 +215,9 @@ def candidates(gpu: Gpu, m: int, n: int, k: int, bits: int, group: int) -> list[
             for rows in range(1, 17)
             for ways in (1, 2, 4, 8)
             for split in (1, 2, 4, 8)
-            for blocks in (1, 2)
+            for per_sm in (1, 2)
             if rows * ways >= 4
-            and (plan := _candidate(gpu, m, passes, n, k, bits, block, row_tiles, rows, ways, split, blocks))
+            and (plan := _candidate(gpu, m, passes, n, k, bits, block, row_tiles, rows, ways, split, per_sm))
         ]
         if found:
             return sorted(found, key=lambda plan: plan.cycles)
@@ -222,7 +225,6 @@ def candidates(gpu: Gpu, m: int, n: int, k: int, bits: int, group: int) -> list[
     return []
 
 
-@lru_cache(maxsize=4096)
 def make(gpu: Gpu, m: int, n: int, k: int, bits: int, group: int) -> Plan | None:
     """The plan to run, or None when not even one token fits or K is beyond `MAX_IN_FEATURES` (then: the dense path)."""
     if k > MAX_IN_FEATURES:

@@ -14,16 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from math import ceil
 
 from .layout import CHUNK_K, TILE_ROWS, chunk_bytes
-from .plan import MAX_IN_FEATURES, TABLE_BYTES, Gpu, group_block
+from .plan import CLUSTER_SIZES, MAX_IN_FEATURES, TABLE_BYTES, Gpu, group_block
 
 _TOKENS = (16, 32, 48, 64, 96, 128, 192, 256)
 FEWEST_TOKENS = 8  # up to here the decode kernel was never behind
 _SHAPES = ((1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (2, 2), (1, 3), (1, 4))  # (rows, ways)
-SPLITS = (1, 2, 3, 4, 8)
 _FLIGHT_BYTES = 48 * 1024  # codes on their way per SM: deeper rings only make the first chunk wait for all the others
 
 
@@ -98,7 +96,7 @@ def tiling(
         return None
     box = tokens * 128
     slot = 4 * rows * (chunk_bytes(bits) + 32 * (CHUNK_K // block))
-    room = (gpu.shared_bytes + 1024) // per_sm - 1024 - TABLE_BYTES[bits] - 256
+    room = gpu.shared_of(per_sm) - TABLE_BYTES[bits] - 256
     stages = max(3, ways + 1, -(-_FLIGHT_BYTES // (slot * per_sm)))
     if tokens == 256:
         stages = 3  # x is what the tensor cores would wait for: it gets all the room
@@ -129,9 +127,8 @@ def _cycles(
     """Estimate of one launch: waves of blocks, each as long as its SM or a group of warps on its own needs, and a rest.
 
     An SM takes a chunk of 64 rows as fast as the slowest of four allows: instructions (decoding), tensor cores, what
-    comes out of the L2 cache, and its share of the memory. A group of warps on its own
-    needs its latency. The factors were fitted to 5,999 timings of one H100 (docs/kernel-log.md,
-    benchmarks/results/plan_sweep_h100.csv).
+    comes out of the L2 cache, and its share of the memory. A group of warps on its own needs its latency. The factors
+    were fitted to 5,999 timings of one H100 (docs/kernel-log.md, benchmarks/results/plan_sweep_h100.csv).
     """
     issue = {4: 303, 3: 330, 2: 226}[bits] + 2.0 * tokens
     tensor = 4.3 * tokens
@@ -159,14 +156,13 @@ def candidates(gpu: Gpu, m: int, n: int, k: int, bits: int, block: int) -> Itera
     for tokens, rows, ways, per_sm in variants():
         if tokens not in ((whole, half) if m <= 256 else (128, 192, 256)):
             continue
-        for split in SPLITS:
+        for split in CLUSTER_SIZES:
             made = tiling(gpu, m, n, k, bits, block, tokens, rows, ways, split, per_sm)
             # where K is cut blocks are not persistent: many waves of them would each begin anew
             if made and (split * ways == 1 or made.blocks // split <= 2 * per_sm * dict(gpu.clusters)[split]):
                 yield made
 
 
-@lru_cache(maxsize=4096)
 def make(gpu: Gpu, m: int, n: int, k: int, bits: int, group: int) -> Tiling | None:
     """The tiling to run, or None where the GPU is no Hopper or K is beyond the kernel's arithmetic."""
     if not gpu.has_wgmma or k > MAX_IN_FEATURES:

@@ -10,6 +10,12 @@ typedef unsigned long long u64;
 constexpr int TABLE_ENTRIES = BITS == 3 ? 64 : 256;                // pairs of codes; at 2 bits, pairs of pairs
 [[maybe_unused]] constexpr int TABLE_BYTES = TABLE_ENTRIES * 128;  // 128 bytes an entry: a copy for every bank
 
+#if BF16
+#define TYPE "bf16"  // as instructions call it
+#else
+#define TYPE "f16"
+#endif
+
 __device__ __forceinline__ float wide(u16 value) {
 #if BF16
   return __uint_as_float((u32)value << 16);
@@ -22,11 +28,7 @@ __device__ __forceinline__ float wide(u16 value) {
 
 __device__ __forceinline__ u16 narrow(float value) {
   u16 result;
-#if BF16
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result) : "f"(value));
-#else
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result) : "f"(value));
-#endif
+  asm("cvt.rn." TYPE ".f32 %0, %1;" : "=h"(result) : "f"(value));
   return result;
 }
 
@@ -104,11 +106,7 @@ __device__ __forceinline__ const u8* lane_copy(const u8* shared_table, int lane)
 }
 
 __device__ __forceinline__ void tensor_step(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-#if BF16
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-#else
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-#endif
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }

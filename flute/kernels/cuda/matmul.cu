@@ -1,10 +1,11 @@
 // y (M, N) = x (M, K) . W^T (+ bias) on Hopper's tensor cores: codes become fragments of W in registers, x comes from
 // shared memory, and every decoded weight is used for TOKENS tokens at once.
 //
-// A block owns a tile of 64 ROWS rows of W times TOKENS tokens. COPY_WARPS + 1 warps only copy: codes and scales, and x. ROWS x WAYS groups of four warps compute: wgmma.m64nTOKENSk16 takes 64 rows of W as its A operand, 16 per
-// warp, in just the fragments that packing prepared; each pair of weights is looked up, multiplied by its scales (one
-// rounding to 16 bits, as a dense checkpoint of these weights would have) and used. Both operands of a step are
-// double-buffered in registers, so decoding runs while the tensor core works on the step before.
+// A block owns a tile of 64 ROWS rows of W times TOKENS tokens. COPY_WARPS + 1 warps only copy: codes and scales, and x.
+// ROWS x WAYS groups of four warps compute: wgmma.m64nTOKENSk16 takes 64 rows of W as its A operand, 16 per warp, in
+// just the fragments that packing prepared; each pair of weights is looked up, multiplied by its scales (one rounding to
+// 16 bits, as a dense checkpoint of these weights would have) and used. Fragments are double-buffered in registers, so
+// decoding runs while the tensor core works on the steps before.
 //
 //     codes ring   CODE_STAGES slots of one chunk: row tiles x [CHUNK_BYTES], then row tiles x scale sets x [32]
 //     x ring       X_BOXES boxes of 64 k x TOKENS, 128 bytes a token, in the 128-byte swizzle wgmma reads
@@ -17,7 +18,8 @@
 // and the copying warps run ahead into the next tile while the last one is written. There may be blocks without a tile:
 // they stay until the launch before is over, and so keep the next one's blocks evenly spread.
 //
-// Host macros: BITS, BF16, GROUP_BLOCK, TOKENS, ROWS, WAYS, X_BOXES, CODE_STAGES, BLOCKS; in front of this text lies wgmma().
+// Host macros: BITS, BF16, GROUP_BLOCK, TOKENS, ROWS, WAYS, BLOCKS, X_BOXES, CODE_STAGES; in front of this text lies
+// wgmma() (flute/kernels/wgmma.py).
 
 constexpr int SCALE_SETS = CHUNK_K / GROUP_BLOCK;
 constexpr int BOX_K = 64, BOX_BYTES = TOKENS * BOX_K * 2, STEPS = CHUNK_K / 16;
@@ -156,21 +158,13 @@ __device__ __forceinline__ void copy_x(const Work& work, const TensorMap& map, u
 
 __device__ __forceinline__ u32 scaled(u32 pair, u32 scale) {
   u32 result;
-#if BF16
-  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(pair), "r"(scale));
-#else
-  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(pair), "r"(scale));
-#endif
+  asm("mul.rn." TYPE "x2 %0, %1, %2;" : "=r"(result) : "r"(pair), "r"(scale));
   return result;
 }
 
 __device__ __forceinline__ u32 narrow_pair(float low, float high) {
   u32 result;
-#if BF16
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
-#else
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
-#endif
+  asm("cvt.rn." TYPE "x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
   return result;
 }
 
