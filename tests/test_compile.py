@@ -63,14 +63,14 @@ def test_every_tiling(bits: int, bf16: bool, group: int, half: int) -> None:
     if bits != 4:
         found = [one for number, one in enumerate(found) if number % 5 == 0 or one[0] in (96, 256)]
     for tokens, rows, ways, per_sm in found[half::2]:
-        made = tiles.tiling(H100, tokens, 4096, 4096, bits, group, tokens, rows, ways, 1, per_sm)
+        made = tiles.tiling(H100, tokens, 4096, 4096, bits, group, tokens, rows, ways, 1, per_sm, True)
         if made is not None:
             assert not complaints(report("matmul.cu", dict(made.macros(bits, bf16)), "sm_90a")), made
 
 
 def test_serialized_tensor_cores_would_be_seen() -> None:
     """The check above can fail: 48 registers are too few for 16 tokens, and the compiler says what that costs."""
-    made = tiles.tiling(H100, 16, 4096, 4096, 4, 64, 16, 4, 1, 1, 1)
+    made = tiles.tiling(H100, 16, 4096, 4096, 4, 64, 16, 4, 1, 1, 1, True)
     assert made is not None
     assert complaints(report("matmul.cu", dict(made.macros(4, False)) | {"BLOCKS": 2}, "sm_90a"))
 

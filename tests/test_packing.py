@@ -81,7 +81,7 @@ def test_kernel_order_is_what_the_tensor_core_wants(bits: int) -> None:
                 g, t = divmod(lane, 4)
                 for q, pieces in enumerate(layout._fields(bits)):
                     value = 0
-                    for word, shift, width, low in layout._straight(pieces):
+                    for word, shift, width, low in pieces:
                         value |= (int(words[tile, chunk, lane, word]) >> shift & (1 << width) - 1) << low
                     step, rh, h = q // 4, q // 2 % 2, q % 2
                     row = tile * 16 + 2 * g + h
@@ -93,7 +93,7 @@ def test_kernel_order_is_what_the_tensor_core_wants(bits: int) -> None:
 def test_every_bit_of_a_word_is_used_once(bits: int) -> None:
     used = [0] * (layout.chunk_bytes(bits) // 128)
     for pieces in layout._fields(bits):
-        for word, shift, width, _ in layout._straight(pieces):
+        for word, shift, width, _ in pieces:
             mask = ((1 << width) - 1) << shift
             assert used[word] & mask == 0
             used[word] |= mask

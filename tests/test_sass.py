@@ -51,7 +51,7 @@ def count(found: Counter[str], pattern: str) -> int:
 @pytest.mark.parametrize("bits", [4, 3, 2])
 @pytest.mark.parametrize(("tokens", "rows"), [(16, 4), (64, 4), (128, 2), (256, 2)])
 def test_matmul(tmp_path: Path, bits: int, tokens: int, rows: int) -> None:
-    made = tiles.tiling(GPUS["H100"], tokens, 8192, 4096, bits, 64, tokens, rows, 1, 1, 1)
+    made = tiles.tiling(GPUS["H100"], tokens, 8192, 4096, bits, 64, tokens, rows, 1, 1, 1, True)
     assert made is not None
     found = instructions(tmp_path, "matmul.cu", dict(made.macros(bits, False)), "sm_90a", "lut_matmul")
     assert count(found, "HGMMA") == 8  # the steps of a chunk, once: unrolled, and no second copy for the end
@@ -65,7 +65,7 @@ def test_matmul(tmp_path: Path, bits: int, tokens: int, rows: int) -> None:
 
 @pytest.mark.parametrize("bits", [4, 3, 2])
 def test_decode(tmp_path: Path, bits: int) -> None:
-    macros = dict(plan.decode_macros(bits, False, 64, 1, 1, 4, 1))
+    macros = dict(plan.decode_macros(bits, False, 64, 1, 1, 4, 1, True))
     found = instructions(tmp_path, "decode.cu", macros, "sm_90", "lut_decode")
     assert count(found, "HMMA.16816.F32") == 8
     assert count(found, "LDSM") == 4  # x: 32 k of eight tokens each

@@ -275,7 +275,7 @@ def dequantize(
     n, k, device = out_features, in_features, weight.device
     group = whole_group(group_size, k)
     out = torch.empty(n, k, dtype=scales.dtype, device=device)
-    macros = (("BITS", bits), ("BF16", int(scales.dtype == torch.bfloat16)))
+    macros = (("BITS", bits), ("BF16", int(scales.dtype == torch.bfloat16)), ("WIDE_TABLE", 0))
     kernel = _kernel(device.index, "dequantize.cu", macros, "lut_dequantize")
     tiles, chunks, _ = layout.packed_shape(n, k, bits)
     config = _config((-(-tiles * chunks // 8), 1), 256, 0, 1, False)

@@ -18,13 +18,13 @@ Within a chunk lie the first four words of all lanes, 16 bytes each, then the wo
 
 Pair number ``q = (step * 2 + rh) * 2 + h`` of a lane is a field of 2 * bits bits in the lane's 32-bit words. Its value
 *is* the index into the pair table (both codes of the pair, low one first), which is also the code of a two-dimensional
-codebook: scalar and vector tables are one thing here. Fields begin at bit 7 and run round the word, because a table
-entry takes 128 bytes: the first field of a word is then a table offset without a shift.
+codebook: scalar and vector tables are one thing here. A lookup takes one byte of a word, whole, because a byte is what
+one instruction can move to where an address wants it::
 
-    4 bit   8 words, 4 fields each at bits 7, 15, 23, 31 (the last one goes on at bit 0)
-    3 bit   6 words, 5 fields each at bits 7, 13, 19, 25, 31; the two bits left over at 5 in words 0, 1, 2 make pair 30,
-            those in words 3, 4, 5 pair 31
-    2 bit   4 words of 4 bytes as at 4 bit; a byte holds the pairs rh = 0, 1 of one row, one 8-byte lookup decodes both
+    4 bit   8 words; byte q is pair q
+    3 bit   6 words; the low six bits of byte q are pair q < 24. The two bits left over in each byte make the pairs 24 to
+            27 (bytes 0 to 3 of words 0, 1, 2, low bits first) and 28 to 31 (words 3, 4, 5)
+    2 bit   4 words; byte i is the pairs 2 i and 2 i + 1 (h = 0, 1), which one lookup of 8 bytes decodes together
 
 The scales of a row tile lie as (group, row).
 """
@@ -40,10 +40,9 @@ from ..spec import whole_group
 
 TILE_ROWS = 16
 CHUNK_K = 128
-LAYOUT_VERSION = 3  # part of every kernel's cache key: change it with any change of order
+LAYOUT_VERSION = 4  # part of every kernel's cache key: change it with any change of order
 _BLOCK_K = 32
 _LANE_WORDS = {4: 8, 3: 6, 2: 4}
-_FIRST_BIT = 7  # log2 of the bytes of a table entry
 _SLICE_WEIGHTS = 1 << 24  # packing works on slices of rows: int64 scratch stays near 128 MB
 
 
@@ -61,39 +60,22 @@ def supports(group_size: int, in_features: int) -> bool:
     return group == in_features or group % _BLOCK_K == 0
 
 
-Piece = tuple[int, int, int, int]  # (word, first bit, width, where it goes in the value); bits run round the word
+Piece = tuple[int, int, int, int]  # (word, first bit, width, where it goes in the value)
 
 
 @cache
 def _fields(bits: int) -> tuple[tuple[Piece, ...], ...]:
     """For every pair q of a lane: the pieces its value is made of."""
     width = 2 * bits
-
-    def at(word: int, bit: int) -> tuple[Piece, ...]:
-        return ((word, (_FIRST_BIT + bit) % 32, width, 0),)
-
-    if bits == 4:
-        return tuple(at(q // 4, 8 * (q % 4)) for q in range(32))
-    if bits == 3:
-        whole = [at(q // 5, 6 * (q % 5)) for q in range(30)]
-        return (*whole, *(tuple((3 * half + i, 5, 2, 2 * i) for i in range(3)) for half in range(2)))
-    fields = []
-    for q in range(32):
-        step, rh, h = q // 4, q // 2 % 2, q % 2
-        byte = 2 * step + h
-        fields.append(at(byte // 4, 8 * (byte % 4) + 4 * rh))
-    return tuple(fields)
+    if bits == 2:
+        return tuple(((q // 8, 4 * (q % 8), width, 0),) for q in range(32))
+    whole = tuple(((q // 4, 8 * (q % 4), width, 0),) for q in range(4 * _LANE_WORDS[bits]))
+    return whole + tuple(_left_over(*divmod(q, 4)) for q in range(32 - len(whole)))
 
 
-def _straight(pieces: tuple[Piece, ...]) -> list[Piece]:
-    """The same pieces, those that run over the end of a word cut in two."""
-    cut: list[Piece] = []
-    for word, first, width, low in pieces:
-        here = min(width, 32 - first)
-        cut.append((word, first, here, low))
-        if here < width:
-            cut.append((word, 0, width - here, low + here))
-    return cut
+def _left_over(half: int, byte: int) -> tuple[Piece, ...]:
+    """Where the pair lies that 3-bit codes hide in the upper two bits of a byte of three words."""
+    return tuple((3 * half + i, 8 * byte + 6, 2, 2 * i) for i in range(3))
 
 
 def _pairs_of_rows(weight: torch.Tensor, bits: int, in_features: int) -> torch.Tensor:
@@ -111,7 +93,7 @@ def _to_words(pairs: torch.Tensor, bits: int) -> torch.Tensor:
     lanes = ordered.reshape(tiles, chunks, 32, -1).to(torch.int64)
     words = torch.zeros(tiles, chunks, 32, _LANE_WORDS[bits], dtype=torch.int64, device=pairs.device)
     for q, pieces in enumerate(_fields(bits)):
-        for word, shift, width, low in _straight(pieces):
+        for word, shift, width, low in pieces:
             words[..., word] |= ((lanes[..., q] >> low) & ((1 << width) - 1)) << shift
     return words
 
@@ -121,7 +103,7 @@ def _from_words(words: torch.Tensor, bits: int) -> torch.Tensor:
     tiles, chunks = words.shape[:2]
     lanes = torch.zeros(tiles, chunks, 32, CHUNK_K // 4, dtype=torch.int64, device=words.device)
     for q, pieces in enumerate(_fields(bits)):
-        for word, shift, width, low in _straight(pieces):
+        for word, shift, width, low in pieces:
             lanes[..., q] |= ((words[..., word] >> shift) & ((1 << width) - 1)) << low
     ordered = lanes.view(tiles, chunks, 8, 4, -1, 2, 2).permute(0, 2, 6, 1, 4, 5, 3)
     return ordered.reshape(tiles * TILE_ROWS, -1).to(torch.uint8)
@@ -192,35 +174,19 @@ def unpack_scales(packed: torch.Tensor, out_features: int) -> torch.Tensor:
     return packed.transpose(1, 2).reshape(tiles * TILE_ROWS, groups)[:out_features].contiguous()
 
 
-def _extract(pieces: tuple[Piece, ...]) -> str:
-    """C expression: the value made of ``pieces``, times the bytes of a table entry."""
-    terms = []
-    for word, first, width, low in pieces:
-        right = first - low - _FIRST_BIT
-        if first + width > 32:  # only whole fields run round
-            moved = f"__funnelshift_l(w[{word}], w[{word}], {-right % 32})"
-        else:
-            moved = f"(w[{word}] >> {right})" if right > 0 else f"(w[{word}] << {-right})" if right else f"w[{word}]"
-        terms.append(f"({moved} & 0x{((1 << width) - 1) << (low + _FIRST_BIT):x}u)")
-    return " | ".join(terms)
-
-
 def device_header(bits: int) -> str:
-    """The layout as CUDA C++: constants, and for every lookup of a lane its byte offset in the table.
+    """The layout as CUDA C++: constants, and ``left_over_words``, which makes words 6 and 7 of 3-bit codes.
 
-    The table in shared memory holds each entry once per bank, 128 bytes an entry, so an offset is the index times 128.
+    After it byte i of a lane's LOOKUP_WORDS words is what lookup i takes, for all widths.
     """
-    lookups: list[tuple[Piece, ...]]
-    fields = _fields(bits)
-    if bits == 2:  # one lookup per four weights: the two pairs that share a byte
-        lookups = [((pieces[0][0], pieces[0][1], 8, 0),) for q, pieces in enumerate(fields) if q // 2 % 2 == 0]
-    else:
-        lookups = list(fields)
+    words = _LANE_WORDS[bits]
     lines = [
-        f"constexpr int CHUNK_K = {CHUNK_K}, LANE_WORDS = {_LANE_WORDS[bits]}, CHUNK_BYTES = {chunk_bytes(bits)};",
-        f"constexpr int TILE_ROWS = {TILE_ROWS}, BLOCK_K = {_BLOCK_K};",
-        "__device__ __forceinline__ unsigned lookup_offset(const unsigned (&w)[LANE_WORDS], int lookup) {",
-        "  switch (lookup) {  // always a constant after unrolling",
+        f"constexpr int CHUNK_K = {CHUNK_K}, LANE_WORDS = {words}, LOOKUP_WORDS = {4 if bits == 2 else 8};",
+        f"constexpr int TILE_ROWS = {TILE_ROWS}, BLOCK_K = {_BLOCK_K}, CHUNK_BYTES = {chunk_bytes(bits)};",
+        "__device__ __forceinline__ void left_over_words([[maybe_unused]] unsigned (&w)[LOOKUP_WORDS]) {",
     ]
-    lines += [f"    case {n}: return {_extract(pieces)};" for n, pieces in enumerate(lookups)]
-    return "\n".join([*lines, "  }", "  return 0;", "}", ""])
+    for half in range(2 if bits == 3 else 0):
+        pieces = _left_over(half, 0)  # of byte 0; all four bytes are moved at once
+        terms = (f"(w[{word}] >> {first - low} & 0x{3 << low:02x}{3 << low:02x}{3 << low:02x}{3 << low:02x}u)" for word, first, _, low in pieces)
+        lines.append(f"  w[{words + half}] = {' | '.join(terms)};")
+    return "\n".join([*lines, "}", ""])

@@ -19,13 +19,14 @@ from math import ceil
 
 from .layout import CHUNK_K, TILE_ROWS, chunk_bytes
 
-TABLE_BYTES = {4: 32768, 3: 8192, 2: 32768}
 _SCALE_BYTES = 128
+_COMPACT_TABLE = {4: 32768, 3: 8192, 2: 32768}
+_WIDE_TABLE = 65536
 # By token tiles, row tiles and blocks per SM: what a warp takes at once needs registers, and none may spill. Quarters
 # of an SM have registers of their own, so nine warps are as hard to fit as twelve.
 _MAX_WARPS = {
-    (1, 1, 1): 16, (2, 1, 1): 10, (2, 2, 1): 8, (4, 1, 1): 8, (4, 2, 1): 8,
-    (1, 1, 2): 12, (2, 1, 2): 8,
+    (1, 1, 1): 16, (1, 2, 1): 16, (2, 1, 1): 16, (2, 2, 1): 12, (4, 1, 1): 8, (4, 2, 1): 8,
+    (1, 1, 2): 12, (1, 2, 2): 8, (2, 1, 2): 8,
 }  # fmt: skip
 _SPILLING = {(4, 2, 1, 32), (1, 1, 2, 32)}  # the same and the group block: these would spill after all
 _MOST_STAGES = {1: 8, 2: 6}  # by blocks per SM, likewise
@@ -85,6 +86,7 @@ class Plan:
     shared_bytes: int
     cycles: float
     per_sm: int
+    wide: bool
 
     @property
     def warps(self) -> int:
@@ -93,11 +95,11 @@ class Plan:
 
     def macros(self, bits: int, bf16: bool) -> tuple[tuple[str, int], ...]:
         """The macros that select this plan's kernel."""
-        return decode_macros(bits, bf16, self.group_block, self.token_tiles, self.row_tiles, self.stages, self.per_sm)
+        return decode_macros(bits, bf16, self.group_block, self.token_tiles, self.row_tiles, self.stages, self.per_sm, self.wide)
 
 
 def decode_macros(
-    bits: int, bf16: bool, group_block: int, token_tiles: int, row_tiles: int, stages: int, per_sm: int
+    bits: int, bf16: bool, group_block: int, token_tiles: int, row_tiles: int, stages: int, per_sm: int, wide: bool
 ) -> tuple[tuple[str, int], ...]:
     """Macros of one variant of the decode kernel."""
     return (
@@ -109,19 +111,26 @@ def decode_macros(
         ("STAGES", stages),
         ("MAX_THREADS", 32 * _MAX_WARPS[token_tiles, row_tiles, per_sm]),
         ("BLOCKS", per_sm),
+        ("WIDE_TABLE", int(wide)),
     )
 
 
 def variants() -> list[tuple[tuple[str, int], ...]]:
     """Every variant of the decode kernel that a plan can ask for (stages only change the size of the ring)."""
     return [
-        decode_macros(bits, bf16, block, tiles, rows, 4, per_sm)
+        decode_macros(bits, bf16, block, tiles, rows, 4, per_sm, wide)
         for bits in (2, 3, 4)
         for bf16 in (False, True)
         for block in (32, 64, 128)
         for tiles, rows, per_sm in _MAX_WARPS
+        for wide in (True, False)
         if (tiles, rows, per_sm, block) not in _SPILLING
     ]
+
+
+def table_bytes(bits: int, wide: bool) -> int:
+    """Shared memory of the pair table: entries 256 bytes apart (an address takes one instruction) or 128 (two)."""
+    return _WIDE_TABLE if wide else _COMPACT_TABLE[bits]
 
 
 def group_block(group: int, in_features: int) -> int:
@@ -165,6 +174,7 @@ def _candidate(
     ways: int,
     split: int,
     per_sm: int,
+    wide: bool,
 ) -> Plan | None:
     """The plan with these numbers, or None where shared memory, threads or the GPU do not allow it."""
     tokens = -(-m // passes)
@@ -185,7 +195,7 @@ def _candidate(
     # 16 bytes off a multiple of 128, so that eight tokens lie in different banks
     pitch = 2 * CHUNK_K * -(-chunks // split) + 16
     exchange = 2 * warps * row_tiles * token_tiles * 512 + 256 if participants > 1 and gpu.has_clusters else 0
-    fixed = TABLE_BYTES[bits] + exchange + tokens * pitch
+    fixed = table_bytes(bits, wide) + exchange + tokens * pitch
     stages = next((s for s in (wanted, 3) if fixed + warps * s * slot <= room), 0)
     if stages == 0:
         return None
@@ -201,7 +211,7 @@ def _candidate(
     cycles += (3700 if per_sm == 1 else 3320) + 0.038 * tokens * pitch
     return Plan(
         passes, tokens, token_tiles, row_tiles, rows, ways, split, stages, block, clusters, pitch, shared, cycles,
-        per_sm,
+        per_sm, wide,
     )  # fmt: skip
 
 
@@ -216,8 +226,9 @@ def candidates(gpu: Gpu, m: int, n: int, k: int, bits: int, group: int) -> list[
             for ways in (1, 2, 4, 8)
             for split in (1, 2, 4, 8)
             for per_sm in (1, 2)
+            for wide in (True, False)
             if rows * ways >= 4
-            and (plan := _candidate(gpu, m, passes, n, k, bits, block, row_tiles, rows, ways, split, per_sm))
+            and (plan := _candidate(gpu, m, passes, n, k, bits, block, row_tiles, rows, ways, split, per_sm, wide))
         ]
         if found:
             return sorted(found, key=lambda plan: plan.cycles)

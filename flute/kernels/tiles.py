@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from .layout import CHUNK_K, TILE_ROWS, chunk_bytes
-from .plan import CLUSTER_SIZES, MAX_IN_FEATURES, TABLE_BYTES, Gpu, group_block
+from .plan import CLUSTER_SIZES, MAX_IN_FEATURES, Gpu, group_block, table_bytes
 
 _TOKENS = (16, 32, 48, 64, 96, 128, 192, 256)
 FEWEST_TOKENS = 8  # up to here the decode kernel was never behind
@@ -40,6 +40,7 @@ class Tiling:
     blocks: int
     shared_bytes: int
     cycles: float
+    wide: bool
 
     @property
     def threads(self) -> int:
@@ -58,6 +59,7 @@ class Tiling:
             ("BLOCKS", self.per_sm),
             ("X_BOXES", self.boxes),
             ("CODE_STAGES", self.stages),
+            ("WIDE_TABLE", int(self.wide)),
         )
 
 
@@ -87,7 +89,7 @@ def variants() -> list[tuple[int, int, int, int]]:
 
 
 def tiling(
-    gpu: Gpu, m: int, n: int, k: int, bits: int, block: int, tokens: int, rows: int, ways: int, split: int, per_sm: int
+    gpu: Gpu, m: int, n: int, k: int, bits: int, block: int, tokens: int, rows: int, ways: int, split: int, per_sm: int, wide: bool
 ) -> Tiling | None:
     """The tiling with these numbers, or None where shared memory or the GPU does not allow it."""
     chunks = -(-k // CHUNK_K)
@@ -96,7 +98,7 @@ def tiling(
         return None
     box = tokens * 128
     slot = 4 * rows * (chunk_bytes(bits) + 32 * (CHUNK_K // block))
-    room = gpu.shared_of(per_sm) - TABLE_BYTES[bits] - 256
+    room = gpu.shared_of(per_sm) - table_bytes(bits, wide) - 320
     stages = max(3, ways + 1, -(-_FLIGHT_BYTES // (slot * per_sm)))
     if tokens == 256:
         stages = 3  # x is what the tensor cores would wait for: it gets all the room
@@ -108,7 +110,7 @@ def tiling(
         return None
     units = ceil(n / (4 * TILE_ROWS * rows)) * ceil(m / tokens)
     blocks = split * units if split * ways > 1 else min(units, gpu.sms * per_sm)
-    shared = TABLE_BYTES[bits] + boxes * box + stages * slot + 8 * (2 * boxes + 2 * stages)
+    shared = table_bytes(bits, wide) + boxes * box + stages * slot + 8 * (2 * boxes + 2 * stages)
     # The next launch's blocks come as soon as there is room. They must not gather two by two on some SMs: either none
     # fits beside one that runs, or every SM gets one.
     if per_sm == 1:
@@ -117,7 +119,7 @@ def tiling(
         blocks = max(blocks, together * split)
     at_once = (together if split * ways > 1 else gpu.sms) * per_sm
     cycles = _cycles(gpu, bits, tokens, rows, ways, split, -(-chunks // split), slot, units, at_once, per_sm)
-    return Tiling(tokens, rows, ways, split, per_sm, boxes, stages, block, blocks, shared, cycles)
+    return Tiling(tokens, rows, ways, split, per_sm, boxes, stages, block, blocks, shared, cycles, wide)
 
 
 def _cycles(
@@ -157,7 +159,8 @@ def candidates(gpu: Gpu, m: int, n: int, k: int, bits: int, block: int) -> Itera
         if tokens not in ((whole, half) if m <= 256 else (128, 192, 256)):
             continue
         for split in CLUSTER_SIZES:
-            made = tiling(gpu, m, n, k, bits, block, tokens, rows, ways, split, per_sm)
+            made = tiling(gpu, m, n, k, bits, block, tokens, rows, ways, split, per_sm, True)
+            made = made or tiling(gpu, m, n, k, bits, block, tokens, rows, ways, split, per_sm, False)
             # where K is cut blocks are not persistent: many waves of them would each begin anew
             if made and (split * ways == 1 or made.blocks // split <= 2 * per_sm * dict(gpu.clusters)[split]):
                 yield made

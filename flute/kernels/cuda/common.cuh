@@ -1,14 +1,17 @@
 // What every kernel shares: 16-bit floats, asynchronous copies, tensor-core step, and the pair table in shared memory.
 // No header of the toolkit is included, so NVRTC needs nothing but itself. The host defines BITS and BF16 and puts the
-// layout's constants and lookup_offset() (flute/kernels/layout.py) in front of this text.
+// layout's constants and left_over_words() (flute/kernels/layout.py) in front of this text.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-constexpr int TABLE_ENTRIES = BITS == 3 ? 64 : 256;                // pairs of codes; at 2 bits, pairs of pairs
-[[maybe_unused]] constexpr int TABLE_BYTES = TABLE_ENTRIES * 128;  // 128 bytes an entry: a copy for every bank
+// The pair table in shared memory: 128 bytes an entry, a copy for every bank. An entry is found by one byte of codes.
+// Entries are 256 bytes apart where that fits: then one instruction makes an address of a byte, else it takes two.
+constexpr int TABLE_PITCH = WIDE_TABLE ? 256 : 128, PAIR_MASK = BITS == 3 ? 63 : 255;
+constexpr int TABLE_ENTRIES = WIDE_TABLE ? 256 : PAIR_MASK + 1;
+[[maybe_unused]] constexpr int TABLE_BYTES = TABLE_ENTRIES * TABLE_PITCH;
 
 #if BF16
 #define TYPE "bf16"  // as instructions call it
@@ -54,7 +57,8 @@ __device__ __forceinline__ void fill_table(u8* shared_table, const u16* table, b
                                            int threads) {
 #pragma unroll 4
   for (int i = thread; i < TABLE_ENTRIES * 8; i += threads) {  // whole warps: the trip count is the same for all lanes
-    u32 e = i >> 3, low, high;
+    const u32 e = i >> 3 & PAIR_MASK;
+    u32 low, high;
     if (vectors) {
 #if BITS == 2
       low = ((const u32*)table)[e & 15], high = ((const u32*)table)[e >> 4];
@@ -69,12 +73,12 @@ __device__ __forceinline__ void fill_table(u8* shared_table, const u16* table, b
       high = low;
 #endif
     }
-    *(uint4*)(shared_table + i * 16) = make_uint4(low, high, low, high);
+    *(uint4*)(shared_table + (i >> 3) * TABLE_PITCH + i % 8 * 16) = make_uint4(low, high, low, high);
   }
 }
 
 // One chunk of packed codes of a lane: 16 bytes, and the rest behind all lanes' first 16.
-__device__ __forceinline__ void load_words(u32 (&words)[LANE_WORDS], const u8* chunk, int lane) {
+__device__ __forceinline__ void load_words(u32 (&words)[LOOKUP_WORDS], const u8* chunk, int lane) {
   uint4 head = *(const uint4*)(chunk + lane * 16);
   words[0] = head.x, words[1] = head.y, words[2] = head.z, words[3] = head.w;
 #if BITS == 4
@@ -83,26 +87,38 @@ __device__ __forceinline__ void load_words(u32 (&words)[LANE_WORDS], const u8* c
 #elif BITS == 3
   uint2 tail = *(const uint2*)(chunk + 512 + lane * 8);
   words[4] = tail.x, words[5] = tail.y;
+  left_over_words(words);
+#endif
+}
+
+// Where a lane's copy of every entry begins.
+__device__ __forceinline__ u32 lane_copy(int lane) { return BITS == 2 ? (lane & 15) * 8 : lane * 4; }
+
+// Offset in the table of what lookup number `i` of a lane's chunk wants.
+__device__ __forceinline__ u32 lookup_offset(const u32 (&words)[LOOKUP_WORDS], int i, u32 copy) {
+  const u32 word = words[i / 4];
+  const int byte = i % 4;
+#if WIDE_TABLE
+  return __byte_perm(word, copy, 0x5504 | byte << 4);
+#else
+  return (byte == 0 ? word << 7 : word >> 8 * byte - 7) & PAIR_MASK << 7 | copy;
 #endif
 }
 
 // The A fragment of tensor-core step `step` of a lane's chunk: four pairs, by one (4, 3 bit) or half (2 bit) a lookup
 // each.
-__device__ __forceinline__ void load_weights(u32 (&a)[4], const u32 (&words)[LANE_WORDS], int step,
-                                             const u8* lane_table) {
+__device__ __forceinline__ void load_weights(u32 (&a)[4], const u32 (&words)[LOOKUP_WORDS], int step,
+                                             const u8* shared_table, u32 copy) {
 #if BITS == 2
-  uint2 low = *(const uint2*)(lane_table + lookup_offset(words, 2 * step));       // row g
-  uint2 high = *(const uint2*)(lane_table + lookup_offset(words, 2 * step + 1));  // row g + 8
-  a[0] = low.x, a[1] = high.x, a[2] = low.y, a[3] = high.y;
+#pragma unroll
+  for (int rh = 0; rh < 2; ++rh) {
+    const uint2 both = *(const uint2*)(shared_table + lookup_offset(words, 2 * step + rh, copy));
+    a[2 * rh] = both.x, a[2 * rh + 1] = both.y;
+  }
 #else
 #pragma unroll
-  for (int r = 0; r < 4; ++r) a[r] = *(const u32*)(lane_table + lookup_offset(words, 4 * step + r));
+  for (int r = 0; r < 4; ++r) a[r] = *(const u32*)(shared_table + lookup_offset(words, 4 * step + r, copy));
 #endif
-}
-
-// Where a lane's copy of the table begins.
-__device__ __forceinline__ const u8* lane_copy(const u8* shared_table, int lane) {
-  return shared_table + (BITS == 2 ? (lane & 15) * 8 : lane * 4);
 }
 
 __device__ __forceinline__ void tensor_step(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
@@ -113,8 +129,7 @@ __device__ __forceinline__ void tensor_step(float (&d)[4], const u32 (&a)[4], u3
 
 // Group that a block of 32 k belongs to: block / (group size / 32) by multiplication, magic = ceil(2^31 / divisor).
 __device__ __forceinline__ int group_of(int block, u32 magic, int groups) {
-  int group = (int)((u64)(u32)block * magic >> 31);
-  return group < groups ? group : groups - 1;  // blocks of padding beyond K
+  return min((int)__umulhi(2 * block, magic), groups - 1);  // there may be blocks of padding beyond K
 }
 
 template <int BYTES>

@@ -42,45 +42,44 @@ __device__ __forceinline__ void store(const Problem& p, int row, int token, floa
   if (row < p.n && token < p.m) p.y[(u64)token * p.n + row] = narrow(p.bias ? value + wide(p.bias[row]) : value);
 }
 
-// What one lane fetches: 16-byte pieces of codes and one word of scales per chunk, along one unit after the other.
+// What one lane fetches of every chunk: 16 bytes of codes, those that remain, and half a row of one group's scales,
+// along one unit after the other.
 struct Stream {
   const u8* weight;   // (tiles, chunks, CHUNK_BYTES)
-  const u32* scales;  // (tiles, groups, 8 words of two rows)
+  const u16* scales;  // (tiles, groups, TILE_ROWS)
   int tiles, chunks, groups, units, stride, first, count, lane;
   u32 magic;
-  const u8 *codes, *rest;           // next pieces of the current unit
-  const u32* words;                 // scales of group 0 of the current unit
-  long long code_step, scale_step;  // from one row tile of the unit to the next
+  const u8* codes;  // this lane's next piece of the current unit
+  const u16* rows;  // its half of the scales of group 0 of the unit
+  u32 code_step, scale_step;  // from one row tile of the unit to the next
   int unit, left, block;
 
   __device__ __forceinline__ void enter() {
     left = 0;
     if (unit >= units) return;
-    int tile = unit * ROW_TILES;
-    bool whole = tile + ROW_TILES <= tiles;  // the last unit may be one tile short: it reads its last tile twice
-    code_step = whole ? (long long)chunks * CHUNK_BYTES : 0;
-    scale_step = whole ? groups * 8 : 0;
-    const u8* base = weight + ((u64)tile * chunks + first) * CHUNK_BYTES;
-    codes = base + lane * 16;
-    rest = base + 512 + lane * (4 * LANE_WORDS - 16);
-    words = scales + (u64)tile * groups * 8 + (lane & 7);
-    block = first * (CHUNK_K / BLOCK_K) + (lane >> 3) * (GROUP_BLOCK / BLOCK_K);
+    const int tile = unit * ROW_TILES;
+    const bool whole = tile + ROW_TILES <= tiles;  // the last unit may be one tile short: it reads its last tile twice
+    code_step = whole ? chunks * CHUNK_BYTES : 0;
+    scale_step = whole ? groups * TILE_ROWS : 0;
+    codes = weight + ((u64)tile * chunks + first) * CHUNK_BYTES + lane * 16;
+    rows = scales + (u64)tile * groups * TILE_ROWS + lane % 2 * 8;
+    block = first * (CHUNK_K / BLOCK_K) + lane / 2 * (GROUP_BLOCK / BLOCK_K);
     left = count;
   }
 
+  // slot: where in shared memory this lane's first piece of the chunk belongs.
   __device__ __forceinline__ void fetch(u32 slot) {
+    constexpr int REST = 4 * LANE_WORDS - 16;
     if (left > 0) {
-      u64 group = group_of(block, magic, groups);
+      const u16* from = rows + (u32)(group_of(block, magic, groups) * TILE_ROWS);
 #pragma unroll
       for (int part = 0; part < ROW_TILES; ++part) {
-        u32 to = slot + part * PART_BYTES;
-        copy_async<16>(to + lane * 16, codes + part * code_step);
-        if (LANE_WORDS > 4) {
-          copy_async<4 * LANE_WORDS - 16>(to + 512 + lane * (4 * LANE_WORDS - 16), rest + part * code_step);
-        }
-        if (lane < 8 * SCALE_SETS) copy_async<4>(to + CHUNK_BYTES + lane * 4, words + group * 8 + part * scale_step);
+        const u32 to = slot + part * PART_BYTES;
+        copy_async<16>(to, codes + part * code_step);
+        if (REST > 0) copy_async<REST == 0 ? 4 : REST>(to + 512 - lane * (16 - REST), codes + 512 - lane * (16 - REST) + part * code_step);
+        if (lane < 2 * SCALE_SETS) copy_async<16>(to + CHUNK_BYTES, from + part * scale_step);
       }
-      codes += CHUNK_BYTES, rest += CHUNK_BYTES, block += CHUNK_K / BLOCK_K;
+      codes += CHUNK_BYTES, block += CHUNK_K / BLOCK_K;
       if (--left == 0) unit += stride, enter();
     }
     commit_copies();  // also when there is nothing left: waiting counts groups
@@ -112,11 +111,12 @@ __device__ __forceinline__ void load_tokens(uint4& b, u32 address) {
                : "r"(address));
 }
 
-// One chunk of ROW_TILES tiles against all tokens.
-__device__ __forceinline__ void multiply_chunk(float (&acc)[ROW_TILES][TOKEN_TILES][4], const u8* slot,
-                                               const u32 (&x_lane)[TOKEN_TILES], u32 x_offset,
-                                               const u8* lane_table, int lane) {
-  u32 words[ROW_TILES][LANE_WORDS];
+// One chunk of ROW_TILES tiles against all tokens; `slot` and `scales` are where this lane's lie.
+__device__ __forceinline__ void multiply_chunk(float (&acc)[ROW_TILES][TOKEN_TILES][4], const u8* slot, const u8* scales,
+                                               const u32 (&x_lane)[TOKEN_TILES], u32 x_offset, const u8* table,
+                                               int lane) {
+  u32 words[ROW_TILES][LOOKUP_WORDS];
+  const u32 copy = lane_copy(lane);
 #pragma unroll
   for (int part = 0; part < ROW_TILES; ++part) load_words(words[part], slot + part * PART_BYTES, lane);
 #pragma unroll
@@ -131,8 +131,8 @@ __device__ __forceinline__ void multiply_chunk(float (&acc)[ROW_TILES][TOKEN_TIL
 #pragma unroll
       for (int part = 0; part < ROW_TILES; ++part) {
         u32 a[2][4];
-        load_weights(a[0], words[part], 2 * at, lane_table);
-        load_weights(a[1], words[part], 2 * at + 1, lane_table);
+        load_weights(a[0], words[part], 2 * at, table, copy);
+        load_weights(a[1], words[part], 2 * at + 1, table, copy);
 #pragma unroll
         for (int n = 0; n < TOKEN_TILES; ++n) tensor_step(sum[part][n], a[0], b[n].x, b[n].y);
 #pragma unroll
@@ -141,7 +141,7 @@ __device__ __forceinline__ void multiply_chunk(float (&acc)[ROW_TILES][TOKEN_TIL
     }
 #pragma unroll
     for (int part = 0; part < ROW_TILES; ++part) {
-      u32 pair = *(const u32*)(slot + part * PART_BYTES + CHUNK_BYTES + (set * 8 + (lane >> 2)) * 4);
+      u32 pair = *(const u32*)(scales + part * PART_BYTES + set * 32);
       float low = wide((u16)pair), high = wide((u16)(pair >> 16));  // rows 2 g and 2 g + 1
 #pragma unroll
       for (int n = 0; n < TOKEN_TILES; ++n) {
@@ -258,7 +258,7 @@ struct Exchange {
 #endif
 
 extern "C" __global__ void __launch_bounds__(MAX_THREADS, BLOCKS)
-    lut_decode(const u8* weight, const u32* scales, const u16* table, u64 vectors, const u16* x, const u16* bias,
+    lut_decode(const u8* weight, const u16* scales, const u16* table, u64 vectors, const u16* x, const u16* bias,
                u16* y, float* partial, u64 m, u64 n, u64 k, u64 groups, u64 magic, u64 split, u64 ways, u64 pitch,
                u64 pass) {
   extern __shared__ __align__(1024) u8 shared[];
@@ -277,6 +277,8 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, BLOCKS)
 
   // shared memory: table | rings | [sums, barriers] | x
   const u8* slots = shared + TABLE_BYTES + warp * STAGES * SLOT_BYTES;
+  const u32 to = shared_address(slots) + lane * 16;  // where this lane's pieces go
+  const u8* lane_scales = slots + CHUNK_BYTES + (lane >> 2) * 4;
   u8* shared_x = shared + TABLE_BYTES + warps * STAGES * SLOT_BYTES;
   int unit = row * clusters + cluster;
   Stream stream{weight, scales, tiles, chunks, (int)groups, units, stride, first, count, lane, (u32)magic};
@@ -306,7 +308,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, BLOCKS)
   // Weights and table never depend on the kernel before this one: ask for them first, then wait for x.
   const u32 mine = table_value(table, vectors != 0, threadIdx.x);
 #pragma unroll
-  for (int stage = 0; stage < STAGES - 1; ++stage) stream.fetch(shared_address(slots) + stage * SLOT_BYTES);
+  for (int stage = 0; stage < STAGES - 1; ++stage) stream.fetch(to + stage * SLOT_BYTES);
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
@@ -319,7 +321,6 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, BLOCKS)
 #endif
   __syncthreads();
 
-  const u8* lane_table = lane_copy(shared, lane);
   u32 x_lane[TOKEN_TILES];  // a token beyond m reads the last one's row; its column of y is never stored
 #pragma unroll
   for (int i = 0; i < TOKEN_TILES; ++i) {
@@ -334,8 +335,8 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, BLOCKS)
     for (int chunk = 0; chunk < count; ++chunk) {
       wait_copies<STAGES - 2>();
       __syncwarp();  // scales were copied by other lanes; and all lanes are done with the slot that is refilled now
-      stream.fetch(shared_address(slots) + fill);
-      multiply_chunk(acc, slots + take, x_lane, chunk * CHUNK_K * 2, lane_table, lane);
+      stream.fetch(to + fill);
+      multiply_chunk(acc, slots + take, lane_scales + take, x_lane, chunk * CHUNK_K * 2, shared, lane);
       fill = take;
       take = take + SLOT_BYTES == STAGES * SLOT_BYTES ? 0 : take + SLOT_BYTES;
     }

@@ -17,7 +17,7 @@ extern "C" __global__ void __launch_bounds__(256)
   if (warp >= (u64)tiles * chunks) return;
   const int tile = (int)(warp / chunks), chunk = (int)(warp % chunks);
   u8* mine = rows[threadIdx.x >> 5];
-  u32 words[LANE_WORDS];
+  u32 words[LOOKUP_WORDS];
   load_words(words, weight + warp * CHUNK_BYTES, lane);
 #pragma unroll
   for (int block = 0; block < CHUNK_K / BLOCK_K; ++block) {
@@ -28,12 +28,13 @@ extern "C" __global__ void __launch_bounds__(256)
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int step = 2 * block + j / 2, rh = j % 2;
+        const int q = 4 * step + 2 * rh + h;
 #if BITS == 2
-        u32 index = lookup_offset(words, 2 * step + h) >> 7 + 4 * rh & 15;
+        const u32 index = words[q / 8] >> q % 8 * 4 & 15;
 #else
-        u32 index = lookup_offset(words, 4 * step + 2 * rh + h) >> 7;
+        const u32 index = words[q / 4] >> q % 4 * 8 & PAIR_MASK;
 #endif
-        u32 pair = pairs[index];
+        const u32 pair = pairs[index];
         *(u32*)(mine + (2 * g + h) * ROW_PITCH + (16 * step + 8 * rh + 2 * t) * 2) =
             narrow(wide((u16)pair) * scale) | (u32)narrow(wide((u16)(pair >> 16)) * scale) << 16;
       }

@@ -270,7 +270,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     take_registers();
     fill_table(memory, table, vectors != 0, mine, thread, MATH_THREADS);
     meet_math();
-    const u8* lane_table = lane_copy(memory, lane);
+    const u32 copy = lane_copy(lane);
     const int way = WAYS == 1 ? 0 : warp / (4 * ROWS), tile = warp % (4 * ROWS);  // a group's four warps take neighbouring tiles
     Cursor<CODE_STAGES> codes{way};
     Cursor<X_BOXES> box{2 * way};
@@ -283,7 +283,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       for (int chunk = way; chunk < count; chunk += WAYS, codes.advance(WAYS), box.advance(2 * WAYS)) {
         const u8* slot = memory + CODES + codes.slot * CODE_BYTES;
         wait_phase(barriers + 8 * (FULL_CODES + codes.slot), codes.phase);
-        u32 words[LANE_WORDS], both[SCALE_SETS];
+        u32 words[LOOKUP_WORDS], both[SCALE_SETS];
         load_words(words, slot + tile * CHUNK_BYTES, lane);
 #pragma unroll
         for (int set = 0; set < SCALE_SETS; ++set) {
@@ -302,7 +302,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             const int step = 2 * two + i;
-            load_weights(now[i], words, step, lane_table);
+            load_weights(now[i], words, step, memory, copy);
             const u32 scale = both[step * 16 / GROUP_BLOCK];
             const u32 low = __byte_perm(scale, 0, 0x1010), high = __byte_perm(scale, 0, 0x3232);
             now[i][0] = scaled(now[i][0], low), now[i][2] = scaled(now[i][2], low);
