@@ -278,7 +278,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       float acc[TOKENS / 2];
 #pragma unroll
       for (int i = 0; i < TOKENS / 2; ++i) acc[i] = 0.0f;
-      u32 a[2][2][4];
+      u32 a[2][2][4], pairs[2][4];  // fragments of two steps, twice; what the table gave for the two steps after them
       u32 last = 0;  // barrier of the box that is released when its last step is surely over
       for (int chunk = way; chunk < count; chunk += WAYS, codes.advance(WAYS), box.advance(2 * WAYS)) {
         const u8* slot = memory + CODES + codes.slot * CODE_BYTES;
@@ -291,6 +291,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         }
         __syncwarp();
         if (lane == 0) arrive(barriers + 8 * (EMPTY_CODES + codes.slot));
+        const auto look_up = [&](int two) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) load_weights(pairs[i], words, 2 * two + i, memory, copy);
+        };
+        look_up(0);
         Cursor<X_BOXES> second = box;
         second.advance(1);
 #pragma unroll
@@ -301,12 +306,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
           if (two % 2 == 1 && last != 0 && lane == 0) arrive(last);
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            const int step = 2 * two + i;
-            load_weights(now[i], words, step, memory, copy);
-            const u32 scale = both[step * 16 / GROUP_BLOCK];
+            const u32 scale = both[(2 * two + i) * 16 / GROUP_BLOCK];
             const u32 low = __byte_perm(scale, 0, 0x1010), high = __byte_perm(scale, 0, 0x3232);
-            now[i][0] = scaled(now[i][0], low), now[i][2] = scaled(now[i][2], low);
-            now[i][1] = scaled(now[i][1], high), now[i][3] = scaled(now[i][3], high);
+#pragma unroll
+            for (int r = 0; r < 4; ++r) now[i][r] = scaled(pairs[i][r], r % 2 == 0 ? low : high);
           }
           if (two % 2 == 0) wait_phase(barriers + 8 * (FULL_X + half.slot), half.phase);
           // K-major, 128-byte swizzle: 8 tokens are 1024 bytes; a step of 16 k is 32 bytes further
@@ -315,6 +318,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
           wgmma(acc, now[0], b + 4 * (two & 1));
           wgmma(acc, now[1], b + 4 * (two & 1) + 2);
           commit_steps();
+          if (two + 1 < STEPS / 2) look_up(two + 1);  // on their way while the tensor cores are at work
           if (two % 2 == 1) last = barriers + 8 * (EMPTY_X + half.slot);
         }
       }
