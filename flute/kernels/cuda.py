@@ -254,7 +254,7 @@ def _matmul(chosen: tiles.Tiling, operands: _Operands) -> torch.Tensor:
     _launch(
         device, config, kernel, _tensor_map(device.index, x.data_ptr(), m, x.shape[1], chosen.tokens),
         weight.data_ptr(), scales.data_ptr(), table.data_ptr(), int(table.dim() == 2), _pointer(bias), y.data_ptr(),
-        m, n, k, scales.shape[1], magic, split, -(-(1 << 32) // split),
+        m, n, k, scales.shape[1], magic, split, -(-(1 << 32) // split), chosen.span,
     )  # fmt: skip
     return y
 

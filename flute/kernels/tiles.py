@@ -2,7 +2,8 @@
 
 What a tiling decides:
 
-* ``tokens`` and ``rows``: a block takes 64 * rows rows of W times ``tokens`` tokens. More rows read x less often, more
+* ``tokens`` and ``rows``: a block takes 64 * rows rows of W times ``tokens`` tokens; ``span``: how many of its row tiles
+  are filled. More rows read x less often, more
   tokens decode W less often.
 * ``ways`` and ``split``: among how many groups of warps and blocks of a cluster K is cut, so that small layers keep all
   SMs busy.
@@ -41,6 +42,7 @@ class Tiling:
     shared_bytes: int
     cycles: float
     wide: bool
+    span: int
 
     @property
     def threads(self) -> int:
@@ -108,7 +110,9 @@ def tiling(
     boxes = min((room - stages * slot) // box, 2 * stages, 12)
     if boxes < max(3, 2 * ways) or rows * ways * tokens * 256 > boxes * box + stages * slot:
         return None
-    units = ceil(n / (4 * TILE_ROWS * rows)) * ceil(m / tokens)
+    at_once = (together if split * ways > 1 else gpu.sms) * per_sm
+    span = _span(ceil(n / TILE_ROWS), 4 * rows, ceil(m / tokens), at_once)
+    units = ceil(ceil(n / TILE_ROWS) / span) * ceil(m / tokens)
     blocks = split * units if split * ways > 1 else min(units, gpu.sms * per_sm)
     shared = table_bytes(bits, wide) + boxes * box + stages * slot + 8 * (2 * boxes + 2 * stages)
     # The next launch's blocks come as soon as there is room. They must not gather two by two on some SMs: either none
@@ -117,14 +121,20 @@ def tiling(
         shared = max(shared, gpu.shared_bytes // 2 + 1024)
     else:
         blocks = max(blocks, together * split)
-    at_once = (together if split * ways > 1 else gpu.sms) * per_sm
-    cycles = _cycles(gpu, bits, tokens, rows, ways, split, -(-chunks // split), slot, units, at_once, per_sm)
-    return Tiling(tokens, rows, ways, split, per_sm, boxes, stages, block, blocks, shared, cycles, wide)
+    cycles = _cycles(gpu, bits, tokens, rows, ways, split, -(-chunks // split), slot, units, at_once, per_sm,
+                     span / (4 * rows))
+    return Tiling(tokens, rows, ways, split, per_sm, boxes, stages, block, blocks, shared, cycles, wide, span)
+
+
+def _span(tiles: int, most: int, token_tiles: int, at_once: int) -> int:
+    """Row tiles per block, at most ``most``: as few as keep the number of waves, so that the last wave is full too."""
+    waves = ceil(ceil(tiles / most) * token_tiles / at_once)
+    return min(most, ceil(tiles / max(1, waves * at_once // token_tiles)))
 
 
 def _cycles(
     gpu: Gpu, bits: int, tokens: int, rows: int, ways: int, split: int, chunks: int, slot: int, units: int,
-    at_once: int, per_sm: int,
+    at_once: int, per_sm: int, full: float,
 ) -> float:  # fmt: skip
     """Estimate of one launch: waves of blocks, each as long as its SM or a group of warps on its own needs, and a rest.
 
@@ -132,10 +142,10 @@ def _cycles(
     comes out of the L2 cache, and its share of the memory. A group of warps on its own needs its latency. The factors
     were fitted to 5,999 timings of one H100 (docs/kernel-log.md, benchmarks/results/plan_sweep_h100.csv).
     """
-    issue = {4: 303, 3: 330, 2: 226}[bits] + 2.0 * tokens
+    issue = full * {4: 303, 3: 330, 2: 226}[bits] + 2.0 * tokens
     tensor = 4.3 * tokens
-    cache = (256 * tokens + slot) / rows / 87
-    memory = slot / rows * min(1.0, units * split / gpu.sms) / 17.0
+    cache = (256 * tokens + full * slot) / rows / 87
+    memory = full * slot / rows * min(1.0, units * split / gpu.sms) / 17.0
     alone = -(-chunks // ways) * (705 + 1.1 * tokens)
     resident = min(per_sm, -(-units * per_sm // at_once))
     together = chunks * rows * resident * _soft_max(4.3, issue, tensor, cache, memory)

@@ -1,7 +1,7 @@
 // y (M, N) = x (M, K) . W^T (+ bias) on Hopper's tensor cores: codes become fragments of W in registers, x comes from
 // shared memory, and every decoded weight is used for TOKENS tokens at once.
 //
-// A block owns a tile of 64 ROWS rows of W times TOKENS tokens. COPY_WARPS + 1 warps only copy: codes and scales, and x.
+// A block owns a tile of 64 ROWS rows of W (or a few less, so that all blocks together fit the GPU) times TOKENS tokens. COPY_WARPS + 1 warps only copy: codes and scales, and x.
 // ROWS x WAYS groups of four warps compute: wgmma.m64nTOKENSk16 takes 64 rows of W as its A operand, 16 per warp, in
 // just the fragments that packing prepared; each pair of weights is looked up, multiplied by its scales (one rounding to
 // 16 bits, as a dense checkpoint of these weights would have) and used. Fragments are double-buffered in registers, so
@@ -86,7 +86,7 @@ struct Cursor {
 // ---- work ------------------------------------------------------------------------------------------------------------
 
 struct Work {
-  int m, n, tiles, units, token_tiles, first, count;  // tiles: row tiles of W; units: blocks' tiles along N
+  int m, n, tiles, span, units, token_tiles, first, count;  // tiles: row tiles of W; units: `span` of them
   __device__ __forceinline__ int total() const { return units * token_tiles; }
   // Which rows and tokens tile number `at` has: bands of tokens, and within a band the tokens fastest.
   __device__ __forceinline__ void locate(int at, int& unit, int& token) const {
@@ -111,26 +111,26 @@ __device__ __forceinline__ void copy_codes(const Work& work, const u8* weight, c
   for (int at = begin; at < work.total(); at += stride) {
     int unit, token;
     work.locate(at, unit, token);
-    const u8* from = weight + ((u64)unit * TILES * chunks + work.first) * CHUNK_BYTES;
-    const u16* scales_from = scales + (u64)unit * TILES * groups * TILE_ROWS;
-    const int last = work.tiles - 1 - unit * TILES;  // rows beyond the last: copied from it, never stored
+    const u8* from = weight + ((u64)unit * work.span * chunks + work.first) * CHUNK_BYTES;
+    const u16* scales_from = scales + (u64)unit * work.span * groups * TILE_ROWS;
+    const int here = min(work.span, work.tiles - unit * work.span);  // warps of other rows work on what lies in the ring
     u32 offset[PARTS];
 #pragma unroll
-    for (int i = 0; i < PARTS; ++i) offset[i] = min(i * COPY_WARPS + warp, last) * chunks * CHUNK_BYTES + lane * 16;
+    for (int i = 0; i < PARTS; ++i) offset[i] = (i * COPY_WARPS + warp) * chunks * CHUNK_BYTES + lane * 16;
     for (int chunk = work.first; chunk < work.first + work.count; ++chunk, cursor.advance(1), from += CHUNK_BYTES) {
       wait_phase(barriers + 8 * (EMPTY_CODES + cursor.slot), cursor.phase ^ 1);
       const u32 slot = shared + CODES + cursor.slot * CODE_BYTES;
 #pragma unroll
       for (int i = 0; i < PARTS; ++i) {
-        if (i * COPY_WARPS + warp >= TILES) break;
+        if (i * COPY_WARPS + warp >= here) break;
         const u32 to = slot + (i * COPY_WARPS + warp) * CHUNK_BYTES;
         copy_async<16>(to + lane * 16, from + offset[i]);
         if (REST > 0) copy_async<REST == 0 ? 4 : REST>(to + 512 + lane * REST, from + 512 + (offset[i] - lane * (16 - REST)));
       }
 #pragma unroll
       for (int i = 0; i < (PIECES + COPY_LANES - 1) / COPY_LANES; ++i) {
-        const int piece = i * COPY_LANES + warp * 32 + lane, tile = min(piece / (2 * SCALE_SETS), last);
-        if (piece >= PIECES) break;
+        const int piece = i * COPY_LANES + warp * 32 + lane, tile = piece / (2 * SCALE_SETS);
+        if (tile >= here) break;
         const int block = chunk * (CHUNK_K / BLOCK_K) + piece / 2 % SCALE_SETS * (GROUP_BLOCK / BLOCK_K);
         const u32 group = tile * groups + group_of(block, magic, groups);
         copy_async<16>(slot + TILES * CHUNK_BYTES + piece * 16, scales_from + group * TILE_ROWS + piece % 2 * 8);
@@ -225,8 +225,8 @@ __device__ __forceinline__ void add_partial_sums(const Work& work, u16* y, const
         total.x += v.x, total.y += v.y, total.z += v.z, total.w += v.w;
       }
     }
-    const int row = (unit * TILES + group * 4 + (warp & 3)) * TILE_ROWS + 2 * (lane >> 2);
-    store(work, y, bias, row, token + 8 * i + 2 * (lane & 3), total);
+    const int tile = group * 4 + (warp & 3), row = (unit * work.span + tile) * TILE_ROWS + 2 * (lane >> 2);
+    if (tile < work.span) store(work, y, bias, row, token + 8 * i + 2 * (lane & 3), total);
   }
 }
 
@@ -235,7 +235,7 @@ __device__ __forceinline__ void add_partial_sums(const Work& work, u16* y, const
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     lut_matmul(const __grid_constant__ TensorMap x, const u8* weight, const u16* scales, const u16* table, u64 vectors,
                const u16* bias, u16* y, u64 m, u64 n, u64 k, u64 groups, u64 magic, u64 split,
-               u64 share) {
+               u64 share, u64 span) {
   extern __shared__ __align__(1024) u8 memory[];
   const u32 shared = shared_address(memory), barriers = shared + BARRIERS_AT;
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
@@ -244,7 +244,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   const int rank = (int)blockIdx.x - begin * (int)split;
   const int chunks = ((int)k + CHUNK_K - 1) / CHUNK_K, tiles = ((int)n + TILE_ROWS - 1) / TILE_ROWS;
   const int first = (int)(rank * chunks * share >> 32), count = (int)((rank + 1) * chunks * share >> 32) - first;
-  const Work work{(int)m, (int)n, tiles, (tiles + TILES - 1) / TILES, ((int)m + TOKENS - 1) / TOKENS, first, count};
+  const Work work{(int)m, (int)n, tiles, (int)span, (tiles + (int)span - 1) / (int)span, ((int)m + TOKENS - 1) / TOKENS,
+                  first,  count};
 
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   for (int i = warp; i < BARRIERS; i += THREADS / 32) {  // lane by lane a warp would need a microsecond
@@ -327,9 +328,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 
       int unit, token;
       work.locate(at, unit, token);
-      const int row = (unit * TILES + tile) * TILE_ROWS + 2 * (lane >> 2);
+      const int row = (unit * work.span + tile) * TILE_ROWS + 2 * (lane >> 2);
       token += 2 * (lane & 3);
       if (WAYS == 1 && split == 1) {
+        if (tile >= work.span) continue;
         if (work.n % 2 == 0 && row + 1 < work.n && token + TOKENS <= work.m + 2 * (lane & 3)) {  // all there is of it
           u16* to = y + (u64)token * work.n + row;
           const float low = bias ? wide(bias[row]) : 0.0f, high = bias ? wide(bias[row + 1]) : 0.0f;
