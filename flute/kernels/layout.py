@@ -187,6 +187,9 @@ def device_header(bits: int) -> str:
     ]
     for half in range(2 if bits == 3 else 0):
         pieces = _left_over(half, 0)  # of byte 0; all four bytes are moved at once
-        terms = (f"(w[{word}] >> {first - low} & 0x{3 << low:02x}{3 << low:02x}{3 << low:02x}{3 << low:02x}u)" for word, first, _, low in pieces)
+        terms = (
+            f"(w[{word}] >> {first - low} & 0x{3 << low:02x}{3 << low:02x}{3 << low:02x}{3 << low:02x}u)"
+            for word, first, _, low in pieces
+        )
         lines.append(f"  w[{words + half}] = {' | '.join(terms)};")
     return "\n".join([*lines, "}", ""])

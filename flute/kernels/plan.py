@@ -95,7 +95,9 @@ class Plan:
 
     def macros(self, bits: int, bf16: bool) -> tuple[tuple[str, int], ...]:
         """The macros that select this plan's kernel."""
-        return decode_macros(bits, bf16, self.group_block, self.token_tiles, self.row_tiles, self.stages, self.per_sm, self.wide)
+        return decode_macros(
+            bits, bf16, self.group_block, self.token_tiles, self.row_tiles, self.stages, self.per_sm, self.wide
+        )
 
 
 def decode_macros(
@@ -146,19 +148,25 @@ def _stages(warps: int, slot: int, per_sm: int) -> int:
     return next(stages for stages in (3, 4, 6, 8) if stages >= wanted)  # few choices: each is a kernel of its own
 
 
-def _step_cycles(gpu: Gpu, bits: int, block: int, token_tiles: int, row_tiles: int) -> tuple[float, float]:
-    """Cycles of one chunk step of one warp: its share of the SM's narrowest pipe, and its latency when alone.
+def _step_cycles(gpu: Gpu, bits: int, block: int, token_tiles: int, row_tiles: int, wide: bool) -> tuple[float, float]:
+    """Cycles of one chunk step of one warp: what it takes from the SM that all warps share, and its latency when alone.
 
     Instructions, shared-memory wavefronts and bytes are counted from the kernel; the factors on them and on the latency
-    were fitted to 2,475 timings of one H100 (docs/kernel-log.md, benchmarks/results/plan_sweep_h100.csv).
+    were fitted to timings of one H100 (docs/kernel-log.md, section 7).
     """
     lookups = 32 if bits > 2 else 16
     sets = CHUNK_K // block
-    issue = row_tiles * (2.8 * lookups + 8 * token_tiles + 4 * sets * token_tiles + 4 * sets) + 4 * token_tiles
+    issue = row_tiles * ((2.0 if wide else 2.9) * lookups + 8 * token_tiles + 4 * sets * (token_tiles + 1))
+    issue += 4 * token_tiles + 35 + (24 * row_tiles if bits == 3 else 0)
     shared = row_tiles * (32 + chunk_bytes(bits) / 64 + 2 * sets) + 16 * token_tiles
     tensor = row_tiles * token_tiles * 8
     memory = row_tiles * (chunk_bytes(bits) + 32 * sets) / gpu.bytes_per_cycle
-    return max(1.42 * shared, 2.4 * tensor, 0.9 * memory), 194 + 3.0 * issue
+    return soft_max(5.1, shared, 2.7 * tensor, 0.84 * memory, 0.385 * issue), 223 + 1.27 * issue
+
+
+def soft_max(power: float, *terms: float) -> float:
+    """Near balance every term is felt."""
+    return float(sum(term**power for term in terms) ** (1 / power))
 
 
 def _candidate(
@@ -203,12 +211,16 @@ def _candidate(
     if per_sm == 1:  # two to an SM: all SMs alike, or the next launch's blocks would gather where there is room
         clusters = min(clusters, -(-units // rows))
     rounds = -(-units // (clusters * rows))
-    rate, latency = _step_cycles(gpu, bits, block, token_tiles, row_tiles)
+    rate, latency = _step_cycles(gpu, bits, block, token_tiles, row_tiles, wide)
     busy = min(warps, ways * -(-units // clusters))
-    step = ((rate * busy) ** 6.3 + latency**6.3) ** (1 / 6.3)  # a soft maximum: near balance both are felt
-    per_round = 0 if participants == 1 else 1380 + 35 * ways + (610 if split > 1 else 0) + 76 * row_tiles * token_tiles
+    busy += 0.2 * (-busy % 4)  # quarters of an SM that have a warp less than others
+    step = soft_max(2.3, rate * busy, latency)
+    per_round = 0 if participants == 1 else 455 + 71 * ways + (987 if split > 1 else 0) + 161 * row_tiles * token_tiles
     cycles = rounds * (-(-chunks // participants) * step + per_round)
-    cycles += (3700 if per_sm == 1 else 3320) + 0.038 * tokens * pitch
+    cycles += (
+        4470 if per_sm == 1 else 3250 if split >= 4 else 2940
+    )  # large clusters leave SMs empty for the next launch
+    cycles += 0.054 * tokens * pitch
     return Plan(
         passes, tokens, token_tiles, row_tiles, rows, ways, split, stages, block, clusters, pitch, shared, cycles,
         per_sm, wide,

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from .layout import CHUNK_K, TILE_ROWS, chunk_bytes
-from .plan import CLUSTER_SIZES, MAX_IN_FEATURES, Gpu, group_block, table_bytes
+from .plan import CLUSTER_SIZES, MAX_IN_FEATURES, Gpu, group_block, soft_max, table_bytes
 
 _TOKENS = (16, 32, 48, 64, 96, 128, 192, 256)
 FEWEST_TOKENS = 8  # up to here the decode kernel was never behind
@@ -91,7 +91,18 @@ def variants() -> list[tuple[int, int, int, int]]:
 
 
 def tiling(
-    gpu: Gpu, m: int, n: int, k: int, bits: int, block: int, tokens: int, rows: int, ways: int, split: int, per_sm: int, wide: bool
+    gpu: Gpu,
+    m: int,
+    n: int,
+    k: int,
+    bits: int,
+    block: int,
+    tokens: int,
+    rows: int,
+    ways: int,
+    split: int,
+    per_sm: int,
+    wide: bool,
 ) -> Tiling | None:
     """The tiling with these numbers, or None where shared memory or the GPU does not allow it."""
     chunks = -(-k // CHUNK_K)
@@ -121,8 +132,9 @@ def tiling(
         shared = max(shared, gpu.shared_bytes // 2 + 1024)
     else:
         blocks = max(blocks, together * split)
-    cycles = _cycles(gpu, bits, tokens, rows, ways, split, -(-chunks // split), slot, units, at_once, per_sm,
-                     span / (4 * rows))
+    cycles = _cycles(
+        gpu, bits, tokens, rows, ways, split, -(-chunks // split), slot, units, at_once, per_sm, span / (4 * rows)
+    )
     return Tiling(tokens, rows, ways, split, per_sm, boxes, stages, block, blocks, shared, cycles, wide, span)
 
 
@@ -138,27 +150,20 @@ def _cycles(
 ) -> float:  # fmt: skip
     """Estimate of one launch: waves of blocks, each as long as its SM or a group of warps on its own needs, and a rest.
 
-    An SM takes a chunk of 64 rows as fast as the slowest of four allows: instructions (decoding), tensor cores, what
-    comes out of the L2 cache, and its share of the memory. A group of warps on its own needs its latency. The factors
-    were fitted to 5,999 timings of one H100 (docs/kernel-log.md, benchmarks/results/plan_sweep_h100.csv).
+    An SM takes a chunk of 64 rows as fast as instructions (decoding), tensor cores and what comes out of the L2 cache
+    together allow. A group of warps on its own needs its latency. The factors were fitted to timings of one H100
+    (docs/kernel-log.md, section 7).
     """
-    issue = full * {4: 303, 3: 330, 2: 226}[bits] + 2.0 * tokens
-    tensor = 4.3 * tokens
-    cache = (256 * tokens + full * slot) / rows / 87
-    memory = full * slot / rows * min(1.0, units * split / gpu.sms) / 17.0
-    alone = -(-chunks // ways) * (705 + 1.1 * tokens)
+    issue = full * {4: 361, 3: 364, 2: 283}[bits] + 0.9 * tokens
+    tensor = 4.5 * tokens
+    cache = (256 * tokens + full * slot) / rows / 135
+    alone = 610 * -(-chunks // ways)
     resident = min(per_sm, -(-units * per_sm // at_once))
-    together = chunks * rows * resident * _soft_max(4.3, issue, tensor, cache, memory)
+    together = chunks * rows * resident * soft_max(1.9, issue, tensor, cache)
     meeting = 0.0
     if split * ways > 1:
-        sums = rows * tokens * (15.9 if split > 1 else 7.6)
-        meeting = 4540 + 1130 * (ways - 1) + 58 * (split - 1) + sums
-    return -(-units // at_once) * (_soft_max(4.1, alone, together) + meeting) + (1270 if per_sm == 1 else 800)
-
-
-def _soft_max(power: float, *terms: float) -> float:
-    """Near balance every term is felt."""
-    return float(sum(term**power for term in terms) ** (1 / power))
+        meeting = 4390 + 1630 * (ways - 1) + 175 * (split - 1) + (13.8 * rows * tokens if split > 1 else 0)
+    return -(-units // at_once) * (soft_max(2.4, alone, together) + meeting) + (1100 if per_sm == 1 else 1270)
 
 
 def candidates(gpu: Gpu, m: int, n: int, k: int, bits: int, block: int) -> Iterator[Tiling]:
