@@ -22,8 +22,8 @@ codebook: scalar and vector tables are one thing here. A lookup takes one byte o
 one instruction can move to where an address wants it::
 
     4 bit   8 words; byte q is pair q
-    3 bit   6 words; the low six bits of byte q are pair q < 24. The two bits left over in each byte make the pairs 24 to
-            27 (bytes 0 to 3 of words 0, 1, 2, low bits first) and 28 to 31 (words 3, 4, 5)
+    3 bit   6 words; the low six bits of byte q are pair q < 24. The two bits left over in each byte make the pairs 24
+            to 27 (bytes 0 to 3 of words 0, 1, 2, low bits first) and 28 to 31 (words 3, 4, 5)
     2 bit   4 words; byte i is the pairs 2 i and 2 i + 1 (h = 0, 1), which one lookup of 8 bytes decodes together
 
 The scales of a row tile lie as (group, row).

@@ -2,9 +2,8 @@
 
 What a tiling decides:
 
-* ``tokens`` and ``rows``: a block takes 64 * rows rows of W times ``tokens`` tokens; ``span``: how many of its row tiles
-  are filled. More rows read x less often, more
-  tokens decode W less often.
+* ``tokens`` and ``rows``: a block takes 64 * rows rows of W times ``tokens`` tokens. More rows read x less often, more
+  tokens decode W less often. ``span``: how many of its row tiles a block really fills, the same for all blocks.
 * ``ways`` and ``split``: among how many groups of warps and blocks of a cluster K is cut, so that small layers keep all
   SMs busy.
 * ``per_sm``: blocks that fit an SM together. With two, the next launch asks for its weights while this one computes.
