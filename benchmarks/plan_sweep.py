@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from flute.bench import timing
 from flute.bench.machine import describe
-from flute.kernels import cuda, jit, plan, tiles
+from flute.kernels import choice, cuda, jit, plan, tiles
 from flute.spec import QuantSpec
 
 SHAPES = [
@@ -33,7 +33,7 @@ FIELDS = ("tokens", "rows", "ways", "split", "blocks", "stages", "row_tiles", "c
 
 def contestants(gpu: plan.Gpu, m: int, n: int, k: int, bits: int) -> list[plan.Plan | tiles.Tiling]:
     """The most promising plans of the decode kernel, one or two blocks to an SM, and every tiling."""
-    plans = plan.candidates(gpu, m, n, k, bits, 64) if m <= cuda.DECODE_TOKENS else []
+    plans = plan.candidates(gpu, m, n, k, bits, 64) if m <= choice.DECODE_TOKENS else []
     one, two = ([p for p in plans if p.per_sm == per_sm] for per_sm in (1, 2))
     return [*one[:14], *two[:12], *tiles.candidates(gpu, m, n, k, bits, 64)]
 

@@ -28,5 +28,9 @@ class CompileError(FluteError, RuntimeError):
     """A kernel cannot be compiled or loaded on this machine."""
 
 
+class TuneError(FluteError, RuntimeError):
+    """Plans cannot be measured on this machine, or what was found cannot be kept."""
+
+
 class IntegrationError(FluteError, RuntimeError):
     """Another library is missing, too old, or was asked for something it cannot do with flute."""

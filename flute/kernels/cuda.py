@@ -6,7 +6,10 @@ CUDA graphs: the only memory besides y is, on GPUs without clusters, a float32 w
 
 from __future__ import annotations
 
+import os
 import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -14,10 +17,10 @@ import torch
 
 from ..errors import OperatorError
 from ..spec import whole_group
-from . import jit, layout, plan, tiles
+from . import choice, jit, layout, plan, tiles, tuned
 
 _MINIMUM_CAPABILITY = (8, 0)
-DECODE_TOKENS = 64  # the most tokens the decode kernel is asked for
+_FILES: dict[type, str] = {plan.Plan: "decode.cu", tiles.Tiling: "matmul.cu"}
 _thread = threading.local()
 
 
@@ -73,16 +76,40 @@ def gpu(device: int) -> plan.Gpu:
     return plan.Gpu(sms, shared, arch, tuple(counts))
 
 
+def _target(device: int, file: str) -> str:
+    """What to compile ``file`` for: wgmma is there only in "sm_90a", the architecture with what is Hopper's alone."""
+    return _arch(device) + ("a" if file == "matmul.cu" else "")
+
+
 @cache
 def _kernel(device: int, file: str, macros: tuple[tuple[str, int], ...], name: str) -> Any:
-    # wgmma exists only for "sm_90a", the architecture with all that is Hopper's alone
-    kernel = jit.load(file, macros, _arch(device) + ("a" if name == "lut_matmul" else ""), name)
+    kernel = jit.load(file, macros, _target(device, file), name)
     if name in ("lut_decode", "lut_matmul"):  # more than 48 KiB of shared memory must be asked for
         from cuda.bindings import driver
 
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         driver.cuKernelSetAttribute(attribute, _shared_bytes(device), kernel.handle, driver.CUdevice(device))
     return kernel
+
+
+@cache
+def machine(device: int) -> tuned.Machine:
+    """What timings made on ``cuda:device`` hold for."""
+    properties = torch.cuda.get_device_properties(device)
+    name = f"{properties.name}, {_arch(device)}, {properties.multi_processor_count} SMs"
+    return tuned.Machine(name, _driver(), tuned.source_hash(jit.nvrtc_version()))
+
+
+def _driver() -> str:
+    """The driver's version, such as "580.65.06"; where nobody tells, the CUDA version that it speaks."""
+    from cuda.core import system
+
+    try:
+        return ".".join(map(str, system.get_kernel_mode_driver_version()))
+    except (AttributeError, RuntimeError):  # cuda-core before 1.2; NVML is missing
+        from cuda.bindings import driver
+
+        return f"CUDA {driver.cuDriverGetVersion()[1]}"
 
 
 @cache
@@ -136,15 +163,24 @@ def _pointer(tensor: torch.Tensor | None) -> int:
 
 
 @lru_cache(maxsize=16384)
-def choose(device: int, m: int, n: int, k: int, bits: int, group: int) -> plan.Plan | tiles.Tiling | None:
-    """The launch with the best estimate of all kernels that this GPU has; None when no kernel takes the problem."""
-    on = gpu(device)
-    found: list[plan.Plan | tiles.Tiling | None] = []
-    if m <= DECODE_TOKENS:
-        found.append(plan.make(on, m, n, k, bits, group))
-    if m > tiles.FEWEST_TOKENS or found == [None]:
-        found.append(tiles.make(on, m, n, k, bits, group))
-    return min((one for one in found if one is not None), key=lambda one: one.cycles, default=None)
+def choose(device: int, m: int, n: int, k: int, bits: int, group: int, bf16: bool = False) -> choice.Launch | None:
+    """The launch to run: the best estimate, or what tuning found on this GPU; None when no kernel takes the problem.
+
+    Decided once per process and problem; ``choose.cache_clear()`` makes it decide anew, after tuning.
+    """
+    problem = tuned.Problem(m, n, k, bits, group, "bfloat16" if bf16 else "float16")
+    return choice.choose(gpu(device), problem, lambda last: tuned.lookup(machine(device), last))
+
+
+def compile_ahead(device: int, launches: Sequence[choice.Launch], bits: int, bf16: bool) -> None:
+    """The kernels of all launches into the cache on disk, several at a time; loading them one by one is then quick."""
+    wanted = {(_FILES[type(one)], one.macros(bits, bf16)) for one in launches}
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        jobs = [
+            pool.submit(jit.cubin, jit.source(file, dict(macros)), _target(device, file)) for file, macros in wanted
+        ]
+    for job in jobs:
+        job.result()
 
 
 class _Operands(NamedTuple):
@@ -170,7 +206,7 @@ def lut_linear(
     bits: int,
     group_size: int,
     *,
-    forced: plan.Plan | tiles.Tiling | None = None,
+    forced: choice.Launch | None = None,
 ) -> torch.Tensor | None:
     """y (M, N) of x (M, K), codes and scales in kernel order; None when no kernel takes it (see `choose`).
 
@@ -179,7 +215,7 @@ def lut_linear(
     """
     m, k = x.shape
     group = whole_group(group_size, k)
-    chosen = forced or choose(x.device.index, m, out_features, k, bits, group)
+    chosen = forced or choose(x.device.index, m, out_features, k, bits, group, x.dtype == torch.bfloat16)
     if chosen is None:
         return None
     operands = _Operands(

@@ -93,6 +93,14 @@ class Plan:
         """Warps per block."""
         return self.rows * self.ways
 
+    @property
+    def label(self) -> str:
+        """The numbers that decide all others: two plans of one problem differ in their label."""
+        return (
+            f"decode row_tiles={self.row_tiles} rows={self.rows} ways={self.ways} split={self.split} "
+            f"per_sm={self.per_sm}"
+        )
+
     def macros(self, bits: int, bf16: bool) -> tuple[tuple[str, int], ...]:
         """The macros that select this plan's kernel."""
         return decode_macros(

@@ -48,6 +48,11 @@ class Tiling:
         """Threads per block: groups of four computing warps, and those that copy."""
         return 32 * _warps(self.tokens, self.rows, self.ways)
 
+    @property
+    def label(self) -> str:
+        """The numbers that decide all others: two tilings of one problem differ in their label."""
+        return f"matmul tokens={self.tokens} rows={self.rows} ways={self.ways} split={self.split} per_sm={self.per_sm}"
+
     def macros(self, bits: int, bf16: bool) -> tuple[tuple[str, int], ...]:
         """The macros that select this tiling's kernel."""
         return (
