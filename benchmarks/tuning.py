@@ -62,7 +62,7 @@ def measured(shape: tuple[int, int], bits: int, seconds_end: float) -> list[dict
         row: dict[str, object] = {
             "n": problem.n, "k": problem.k, "bits": bits, "m": problem.m, "analytic": result.analytic,
             "analytic_us": f"{verdict.analytic_us:.2f}", "us": f"{verdict.us:.2f}", "gain": f"{result.gain:.3f}",
-            "winner": verdict.plan or "", "tried": result.measured, "wrong": len(result.wrong),
+            "winner": verdict.plan or "", "first": verdict.first, "tried": result.measured, "wrong": len(result.wrong),
             "inside_m": "", "inside_analytic_us": "", "inside_winner_us": "", "inside_gain": "", "followed": "",
         }  # fmt: skip
         other = TOKENS[problem.m]

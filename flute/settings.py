@@ -1,6 +1,6 @@
 """The one place that reads the environment and decides where files of our own may live.
 
-FLUTE_CACHE_DIR         where compiled kernels are kept; default $XDG_CACHE_HOME/flute or ~/.cache/flute
+FLUTE_CACHE_DIR         where compiled kernels and tuned plans are kept; default $XDG_CACHE_HOME/flute or ~/.cache/flute
 FLUTE_NO_AUTOREGISTER   set to 1: flute does not register itself with transformers
 CUDA_HOME, CUDA_PATH    where to look for NVRTC and CUDA headers that did not come with torch or pip
 """

@@ -86,7 +86,7 @@ def test_python_m_flute() -> None:
     assert done.stdout == f"flute {__version__}\n" and done.stderr == ""
 
 
-@pytest.mark.parametrize("command", ["quantize", "eval", "generate", "inspect", "doctor", "demo"])
+@pytest.mark.parametrize("command", ["quantize", "eval", "generate", "inspect", "tune", "doctor", "demo"])
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = flute(command, "--help", capsys=capsys)
     assert code == 0 and "Usage:" in out and "--json" in out and err == ""

@@ -20,7 +20,7 @@ VERDICT = tuned.Verdict("decode row_tiles=1 rows=2 ways=8 split=1 per_sm=1", 7.0
 SIZES = st.integers(1, 1 << 20)
 PROBLEMS = st.builds(tuned.Problem, SIZES, SIZES, SIZES, SIZES, SIZES, st.sampled_from(["float16", "bfloat16"]))
 TIMES = st.floats(min_value=1e-3, max_value=1e9)
-VERDICTS = st.builds(tuned.Verdict, st.none() | st.text(), TIMES, TIMES)
+VERDICTS = st.builds(tuned.Verdict, st.none() | st.text(), TIMES, TIMES, SIZES)
 
 
 @pytest.fixture(autouse=True)
@@ -98,6 +98,7 @@ def damaged(path: Path) -> list[bytes]:
     assert tuned._digest(values["entries"]) == values["sha256"]
     bad_entries: list[dict[str, object]] = [
         {"m": "8"}, {"m": 0}, {"n": True}, {"us": 7}, {"us": -1.0}, {"us": float("nan")}, {"plan": 3}, {"dtype": None},
+        {"first": 0}, {"first": None},
     ]  # fmt: skip
     bad_heads: list[dict[str, object]] = [
         {"device": "x"}, {"driver": 5}, {"source": ""}, {"format": 2}, {"entries": {}}, {"sha256": 0},
@@ -210,7 +211,8 @@ def knows(**known: object) -> tuned.Verdict:
 def test_buckets(m: int) -> None:
     last = choice.bucket(m)
     assert last >= m and choice.bucket(last) == last and (last < 2 * m or m == 1)
-    assert m == 1 or choice.bucket(last + 1) > last
+    first = choice.first_of(last)
+    assert first <= m and choice.bucket(first) == last and (first == 1 or choice.bucket(first - 1) < last)
 
 
 @pytest.mark.parametrize("name", sorted(GPUS))
@@ -285,6 +287,16 @@ def test_a_winner_is_followed_in_its_bucket_as_far_as_the_estimate_agrees() -> N
                 assert chosen == (same if worse < 1.05 else untuned)
                 followed, dropped = followed + (worse < 1.05), dropped + (worse >= 1.05)
     assert followed > 10 and dropped > 10
+
+
+def test_a_winner_of_the_last_m_alone() -> None:
+    gpu = GPUS["H100"]
+    label = choice.contestants(gpu, *PROBLEM[:-1])[1].label
+    for first, followed in ((1, [5, 6, 7, 8]), (7, [7, 8]), (8, [8])):
+        for m in range(5, 9):
+            problem = PROBLEM._replace(m=m)
+            chosen = choice.choose(gpu, problem, lambda last, first=first: tuned.Verdict(label, 1.0, 2.0, first))
+            assert chosen is not None and (chosen.label == label) == (m in followed)
 
 
 def test_the_launcher_consults_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:

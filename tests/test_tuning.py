@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -26,9 +26,14 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="says what is said
 
 
 @pytest.fixture(autouse=True)
-def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing is known before, and nothing stays behind for other tests of this process."""
     monkeypatch.setenv("FLUTE_CACHE_DIR", str(tmp_path / "cache"))
     tuned.clear()
+    cuda.choose.cache_clear()
+    yield
+    tuned.clear()
+    cuda.choose.cache_clear()
 
 
 # ---- who wins ------------------------------------------------------------------------------------------------------
@@ -62,6 +67,69 @@ def test_a_wrong_analytic_choice_cannot_stay() -> None:
     assert verdict == tuned.Verdict(right[2].label, 9.0, 9.0)
 
 
+class PretendedTrial:
+    """Answers and times as a test wants them."""
+
+    def __init__(self, problem: tuned.Problem, winner: str, us: float, right: bool = True) -> None:
+        self.problem, self.winner, self.us, self.right = problem, winner, us, right
+        self.asked: list[int] = []
+
+    def is_right(self, one: choice.Launch, tokens: int) -> bool:
+        return self.right or one.label != self.winner
+
+    def times(self, some: Sequence[choice.Launch], replays: int, tokens: int) -> list[float]:
+        self.asked.append(tokens)
+        return [self.us if one.label == self.winner else 9.0 for one in some]
+
+
+def test_a_winner_must_win_at_both_ends_of_its_bucket() -> None:
+    verdict = tuned.Verdict(FOUND[3].label, 8.0, 9.0)
+    for us, right, first in ((8.0, True, 1), (9.5, True, 16), (8.0, False, 16), (float("nan"), True, 16)):
+        trial = PretendedTrial(PROBLEM, FOUND[3].label, us, right)
+        assert tuning.confirm(verdict, trial, GPUS["H100"]) == verdict._replace(first=first)  # type: ignore[arg-type]
+        assert trial.asked == ([9] if right else [])
+    trial = PretendedTrial(PROBLEM, FOUND[0].label, 99.0)
+    stays = tuned.Verdict(None, 9.0, 9.0)
+    assert tuning.confirm(stays, trial, GPUS["H100"]) == stays and not trial.asked  # type: ignore[arg-type]
+    unknown = verdict._replace(plan="a plan that is not legal at 9 tokens")
+    assert tuning.confirm(unknown, trial, GPUS["H100"]).first == 16  # type: ignore[arg-type]
+    trial = PretendedTrial(PROBLEM._replace(m=1), FOUND[0].label, 99.0)
+    assert tuning.confirm(verdict, trial, GPUS["H100"]) == verdict and not trial.asked  # type: ignore[arg-type]
+
+
+def test_a_whole_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything but the GPU: plain torch answers, and one launch, the fastest, answers wrong."""
+    problem = tuned.Problem(16, 96, 256, 4, 64, "float16")
+    launches = tuning.shortlist(choice.contestants(GPUS["H100"], *problem[:-1]), 3)
+    liar, winner = launches[1].label, launches[2].label
+
+    def weights(n: int, k: int, spec: QuantSpec, dtype: torch.dtype, most: int) -> tuple[list, torch.Tensor]:
+        shape = layout.packed_shape(n, k, spec.bits)
+        packed = torch.randint(0, 256, shape, dtype=torch.uint8), torch.rand(shape[0], k // 64, 16).to(dtype)
+        return [packed, packed], torch.randn(16).to(dtype)
+
+    def answer(
+        x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, table: torch.Tensor, bias: None, n: int, bits: int,
+        group: int, *, forced: choice.Launch,
+    ) -> torch.Tensor:  # fmt: skip
+        plain = layout.unpack_weight(weight, bits, n, x.shape[1]), layout.unpack_scales(scales, n)
+        y = reference.lut_linear(x, *plain, table, bias, bits, group).to(x.dtype)
+        return y.flip(0) if forced.label == liar else y
+
+    def compare(*contestants: list, replays: int) -> list[float]:
+        assert all(call().shape[1] == 96 for calls in contestants for call in calls)
+        return [{liar: 1.0, winner: 5.0}.get(calls[0].args[0].label, 6.0) for calls in contestants]
+
+    monkeypatch.setattr(tuning.timing, "rotating_weights", weights)
+    monkeypatch.setattr(tuning.timing, "compare", compare)
+    monkeypatch.setattr(cuda, "lut_linear", answer)
+    monkeypatch.setattr(cuda, "compile_ahead", lambda *_: None)
+    monkeypatch.setattr(cuda, "gpu", lambda device: GPUS["H100"])
+    result = tuning._measured(problem, launches, 0)
+    assert result.wrong == (liar,) and result.measured == len(launches) and result.analytic == launches[0].label
+    assert result.verdict == tuned.Verdict(winner, 5.0, 6.0, 1)
+
+
 def test_the_shortlist_has_the_best_of_each_kernel() -> None:
     short = tuning.shortlist(FOUND, 5)
     assert short[0] == FOUND[0] and [type(one) for one in short].count(type(FOUND[0])) == 5 and len(short) == 10
@@ -82,7 +150,7 @@ def test_a_single_wrong_output_is_noticed(n: int, k: int, bits: int, group: int,
     exact = reference.lut_linear(x, *plain, table, None, bits, group)
     is_right = tuning.checker(x, weight, table, tuned.Problem(8, n, k, bits, group, "any"))
     rounded = nn.functional.linear(x.float(), reference.decode(*plain, table, k, bits, group).float()).to(dtype)
-    assert is_right(exact.to(dtype)) and is_right(rounded)
+    assert is_right(exact.to(dtype)) and is_right(rounded) and is_right(rounded[:3]) and not is_right(rounded[1:4])
     spread = 3 * float(exact.std())
     for row, column in ((0, 0), (6, n - 1), (3, n // 2)):
         for bad in (float("nan"), float("inf"), exact[row, column] + spread, exact[row, column] - spread):
@@ -126,7 +194,6 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> list[tuned.Problem]:
     monkeypatch.setattr(cuda, "gpu", lambda device: GPUS["H100"])
     monkeypatch.setattr(cuda, "machine", lambda device: tuned.Machine("H100", "580", "0"))
     monkeypatch.setattr(tuning, "_measured", measured)
-    cuda.choose.cache_clear()
     return seen
 
 
@@ -140,7 +207,6 @@ def test_a_tuned_problem_is_not_measured_again(pretended: list[tuned.Problem]) -
     assert pretended == [PROBLEM] and second[0].measured == 0 and second[0].verdict == first[0].verdict
     flute.tune.tune([(4096, 4096)], [16], again=True)
     assert pretended == [PROBLEM] * 2
-    cuda.choose.cache_clear()
 
 
 def test_what_no_kernel_takes_is_not_measured(pretended: list[tuned.Problem], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +228,6 @@ def test_a_full_disk_is_told_at_the_end(
     assert end.value.code == 1 and len(pretended) == 2 and "4096x4096" in out
     assert "No space left" in error and error.count("\n") == 1
     assert cuda.choose(0, *PROBLEM[:-1]) != FOUND[0]  # this process goes on with what it knows
-    cuda.choose.cache_clear()
 
 
 def test_models_and_tasks(pretended: list[tuned.Problem]) -> None:
@@ -262,7 +327,6 @@ def test_table_show_and_clear(pretended: list[tuned.Problem], capsys: pytest.Cap
     assert said(capsys, "--clear")[1] == "1 files removed\n"
     assert said(capsys, "--show")[1] == "nothing is kept\n"
     assert json.loads(said(capsys, "--clear", "--json")[1]) == {"removed": 0}
-    cuda.choose.cache_clear()
 
 
 def test_autotune_is_the_same_command() -> None:
@@ -319,5 +383,3 @@ def test_a_graph_keeps_the_plan_it_was_captured_with() -> None:
     assert cuda.choose(0, 1, 1000, 2048, 4, 64) == other
     graph.replay()
     assert torch.equal(y, right)
-    tuned.clear()
-    cuda.choose.cache_clear()

@@ -3,7 +3,8 @@
 Per problem: the launches that the estimate likes best, some of each kernel, run over rotated random weights inside
 CUDA graphs replayed in turns (`timing.compare`); a short round finds the fastest few, a long one decides between them
 and the analytic choice. A launch whose answer is wrong is out before it is timed. The winner must be more than 2 %
-faster than the analytic choice, which stays otherwise: differences below that come and go from run to run.
+faster than the analytic choice, which stays otherwise: differences below that come and go from run to run. All this is
+at the last M of a bucket; the winner is then tried at the first M, and kept for the last alone if it is slower there.
 
 An answer is right if every output is within ``bound * (|x| . |W|^T)`` of the float64 product (weights and y rounded
 to 16 bits, once each, stay within that) and the relative Frobenius error of all is below ``bound`` too; ``bound`` is
@@ -19,7 +20,7 @@ from functools import partial
 import torch
 
 from ..errors import TuneError
-from ..kernels import choice, cuda, layout, reference, tuned
+from ..kernels import choice, cuda, layout, plan, reference, tuned
 from ..kernels.layout import TILE_ROWS
 from ..spec import CUSTOM_TABLE, QuantSpec
 from . import timing
@@ -153,35 +154,73 @@ def decide(right: Sequence[choice.Launch], analytic: choice.Launch, measure: Mea
     return tuned.Verdict(None, base, base)
 
 
-def _measured(problem: tuned.Problem, launches: list[choice.Launch], device: int) -> Result:
-    m, n, k, bits, group, name = problem
-    dtype, analytic = _DTYPES[name], launches[0]
-    cuda.compile_ahead(device, launches, bits, dtype == torch.bfloat16)
-    copies, table = timing.rotating_weights(n, k, QuantSpec(bits, group, CUSTOM_TABLE), dtype, _COPIES)
-    x = torch.randn(m, k, device="cuda").to(dtype)
+def confirm(verdict: tuned.Verdict, trial: Trial, gpu: plan.Gpu) -> tuned.Verdict:
+    """The verdict for the whole bucket if the winner is right and faster at its first M too, else the last alone."""
+    last, *rest = trial.problem[:-1]
+    first = choice.first_of(last)
+    if verdict.plan is None or first == last:
+        return verdict
+    rivals = choice.contestants(gpu, first, *rest)
+    winner = choice.named(rivals, verdict.plan)
+    if winner is not None and winner == rivals[0]:
+        return verdict
+    if winner is not None and trial.is_right(winner, first):
+        base, won = trial.times([rivals[0], winner], _LONG, first)
+        if won < base:
+            return verdict
+    return verdict._replace(first=last)
 
-    def run(one: choice.Launch, weight: Weight) -> torch.Tensor:
-        y = cuda.lut_linear(x, *weight, table, None, n, bits, group, forced=one)
+
+def _measured(problem: tuned.Problem, launches: list[choice.Launch], device: int) -> Result:
+    cuda.compile_ahead(device, launches, problem.bits, problem.dtype == "bfloat16")
+    trial = Trial(problem)
+    right = [one for one in launches if trial.is_right(one, problem.m)]
+    wrong = tuple(one.label for one in launches if one not in right)
+    verdict = None
+    if right:
+        verdict = confirm(decide(right, launches[0], partial(trial.times, tokens=problem.m)), trial, cuda.gpu(device))
+    return Result(problem, launches[0].label, verdict, wrong, len(launches))
+
+
+class Trial:
+    """One problem on the current GPU: random x and weights, the right answer, and a stopwatch."""
+
+    def __init__(self, problem: tuned.Problem) -> None:
+        m, n, k, bits, group, name = problem
+        dtype = _DTYPES[name]
+        spec = QuantSpec(bits, group, CUSTOM_TABLE)
+        self.problem = problem
+        self.copies, self.table = timing.rotating_weights(n, k, spec, dtype, _COPIES)
+        self.x = torch.randn(m, k, device=self.table.device).to(dtype)
+        self.check = checker(self.x, self.copies[0], self.table, problem)
+
+    def run(self, one: choice.Launch, tokens: int, weight: Weight) -> torch.Tensor:
+        """y of the first ``tokens`` rows of x."""
+        _, n, _, bits, group, _ = self.problem
+        y = cuda.lut_linear(self.x[:tokens], *weight, self.table, None, n, bits, group, forced=one)
         assert y is not None, "a forced launch is run"
         return y
 
-    def measure(some: Sequence[choice.Launch], replays: int) -> list[float]:
-        return timing.compare(*([partial(run, one, weight) for weight in copies] for one in some), replays=replays)
+    def is_right(self, one: choice.Launch, tokens: int) -> bool:
+        """Whether the answer is."""
+        return self.check(self.run(one, tokens, self.copies[0]))
 
-    is_right = checker(x, copies[0], table, problem)
-    right = [one for one in launches if is_right(run(one, copies[0]))]
-    wrong = tuple(one.label for one in launches if one not in right)
-    verdict = decide(right, analytic, measure) if right else None
-    return Result(problem, analytic.label, verdict, wrong, len(launches))
+    def times(self, some: Sequence[choice.Launch], replays: int, tokens: int) -> list[float]:
+        """Microseconds of each launch."""
+        calls = ([partial(self.run, one, tokens, weight) for weight in self.copies] for one in some)
+        return timing.compare(*calls, replays=replays)
 
 
 def checker(
     x: torch.Tensor, weight: Weight, table: torch.Tensor, problem: tuned.Problem
 ) -> Callable[[torch.Tensor], bool]:
-    """A test of answers y (M, N) against the float64 product, which is computed once, by slices of rows of W."""
+    """A test of answers y (tokens, N) to the first rows of x against the float64 product.
+
+    That is computed once, by slices of rows of W, and kept in float32: 60,000 times finer than y.
+    """
     _, n, k, bits, group, _ = problem
     bound, wide = BOUNDS[x.dtype], x.double()
-    exact, most = (torch.empty(x.shape[0], n, device=x.device) for _ in range(2))  # float32: 60,000 times finer than y
+    exact, most = (torch.empty(x.shape[0], n, device=x.device) for _ in range(2))
     for tile in range(0, len(weight[0]), _SLICE_TILES):
         tiles = slice(tile, tile + _SLICE_TILES)
         first, last = TILE_ROWS * tile, min(n, TILE_ROWS * (tile + _SLICE_TILES))
@@ -192,8 +231,9 @@ def checker(
         most[:, first:last] = bound * (wide.abs() @ dense.abs().T)
 
     def is_right(y: torch.Tensor) -> bool:
-        error = (y.float() - exact).abs()
-        each = (error <= most).all()  # False for NaN too
-        return bool(each & (error.norm() <= bound * exact.norm()))
+        right = exact[: len(y)]
+        error = (y.float() - right).abs()
+        each = (error <= most[: len(y)]).all()  # False for NaN too
+        return bool(each & (error.norm() <= bound * right.norm()))
 
     return is_right

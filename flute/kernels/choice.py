@@ -1,13 +1,14 @@
 """Problem -> launch: the analytic choice, unless this very GPU was measured to run another plan faster.
 
 The analytic choice is the legal launch with the best estimate (`plan`, `tiles`); it needs no measurement and is what
-runs until somebody tunes. A measurement (`tuned`) is made once per bucket of M, at its last M.
+runs until somebody tunes. A measurement (`tuned`) is made once per bucket of M, at its last M; a winner that is not the
+faster one at the first M too is kept for the last alone.
 
 Buckets end at 1, 2, 4, 8 and at the widths of the matmul kernel's tiles, 16 to 256; above, at powers of two. Up to 256
 tokens every M of a bucket thus has the same tile widths and the same passes of the decode kernel, and what is legal at
-its end is legal in all of it. Below 16 the decode kernel is the same for all M, but x takes up shared memory and time
-as M grows, hence four buckets. Above 256 the number of waves changes inside a bucket, so a winner is followed away
-from where it was measured only as far as the estimate agrees that it wins there too, see `choose`.
+its end is legal in all of it (where x fits in shared memory at all). Below 16 the decode kernel is the same for all M,
+but x takes up shared memory and time as M grows, hence four buckets. Above 256 the number of waves changes inside a
+bucket, so between its ends a winner is followed only as far as the estimate agrees that it wins there too, see `choose`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ Launch: TypeAlias = plan.Plan | tiles.Tiling
 def bucket(m: int) -> int:
     """The last M of the bucket of ``m``."""
     return BUCKETS[bisect_left(BUCKETS, m)] if m <= BUCKETS[-1] else 1 << (m - 1).bit_length()
+
+
+def first_of(last: int) -> int:
+    """The first M of the bucket that ends with ``last``."""
+    return (0, *BUCKETS)[BUCKETS.index(last)] + 1 if last in BUCKETS else last // 2 + 1
 
 
 def contestants(gpu: plan.Gpu, m: int, n: int, k: int, bits: int, group: int) -> list[Launch]:
@@ -58,17 +64,17 @@ def choose(
         return None
     last = problem._replace(m=bucket(problem.m))
     verdict = measured(last)
-    winner = None if verdict is None else _named(found, verdict.plan)
-    if winner is None or last == problem:
+    winner = None if verdict is None or problem.m < verdict.first else named(found, verdict.plan)
+    if verdict is None or winner is None or last == problem:
         return winner or found[0]
-    assert verdict is not None
     there = contestants(gpu, *last[:-1])
-    won = _named(there, verdict.plan)
+    won = named(there, verdict.plan)
     if won is None:
         return found[0]
     expected = winner.cycles / found[0].cycles * there[0].cycles / won.cycles * verdict.us / verdict.analytic_us
     return winner if expected < 1 else found[0]
 
 
-def _named(found: list[Launch], label: str | None) -> Launch | None:
+def named(found: list[Launch], label: str | None) -> Launch | None:
+    """The launch of that label; None where it is not among them."""
     return next((one for one in found if one.label == label), None)

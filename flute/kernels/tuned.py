@@ -58,11 +58,15 @@ class Problem(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What was found: the label of the plan to run, None where the analytic choice stays; and microseconds of both."""
+    """What was found at the last M of a bucket: label of the plan to run, microseconds of it and of the analytic one.
+
+    ``plan`` is None where the analytic choice stays; ``first`` is the fewest tokens that the plan is good for.
+    """
 
     plan: str | None
     us: float
     analytic_us: float
+    first: int = 1
 
 
 Verdicts = dict[Problem, Verdict]
@@ -148,11 +152,12 @@ def _read(path: Path) -> tuple[Machine, Verdicts] | None:
 
 def _entry(values: Mapping[str, Any]) -> tuple[Problem, Verdict]:
     m, n, k, bits, group = sizes = [_typed(values[field], int) for field in Problem._fields[:-1]]
-    times = [_typed(values[field], float) for field in Verdict._fields[1:]]
-    if min(sizes) < 1 or not all(math.isfinite(time) and time > 0 for time in times):
+    us, analytic_us = times = [_typed(values[field], float) for field in ("us", "analytic_us")]
+    first = _typed(values["first"], int)
+    if min(*sizes, first) < 1 or not all(math.isfinite(time) and time > 0 for time in times):
         raise ValueError("a size or a time is not positive")
     chosen = values["plan"] if values["plan"] is None else _typed(values["plan"], str)
-    return Problem(m, n, k, bits, group, _typed(values["dtype"], str)), Verdict(chosen, *times)
+    return Problem(m, n, k, bits, group, _typed(values["dtype"], str)), Verdict(chosen, us, analytic_us, first)
 
 
 def _typed(value: Any, kind: type) -> Any:
