@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import partial
 
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 
 from flute.bench import timing
 from flute.bench.machine import describe
-from flute.kernels import choice, cuda, jit, plan, tiles
+from flute.kernels import choice, cuda, plan, tiles
 from flute.spec import QuantSpec
 
 SHAPES = [
@@ -38,11 +37,6 @@ def contestants(gpu: plan.Gpu, m: int, n: int, k: int, bits: int) -> list[plan.P
     return [*one[:14], *two[:12], *tiles.candidates(gpu, m, n, k, bits, 64)]
 
 
-def compile_one(job: tuple[str, tuple[tuple[str, int], ...], str]) -> None:
-    """Into the cache on disk."""
-    jit.cubin(jit.source(job[0], dict(job[1])), job[2])
-
-
 def main() -> None:
     """Compile, measure and write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -57,14 +51,9 @@ def main() -> None:
         for m in TOKENS.get(bits, TOKENS[3])
         if n * k * m <= LARGEST
     ]
-    jobs = {
-        (file, one.macros(bits, False), "sm_90" + suffix)
-        for n, k, bits, m in problems
-        for one in contestants(gpu, m, n, k, bits)
-        for file, suffix in [("matmul.cu", "a") if isinstance(one, tiles.Tiling) else ("decode.cu", "")]
-    }
-    with ProcessPoolExecutor() as pool:
-        list(pool.map(compile_one, sorted(jobs)))
+    for bits in arguments.bits:
+        every = [one for n, k, some, m in problems if some == bits for one in contestants(gpu, m, n, k, bits)]
+        cuda.compile_ahead(0, every, bits, False)
     ceiling = timing.read_ceiling()
     with open(arguments.output, "w", newline="") as file:
         file.write(f"# {describe()}; float16, group 64, read ceiling {ceiling / 1e12:.2f} TB/s\n")

@@ -61,10 +61,11 @@ def tune_model(
     Layers whose groups no CUDA kernel takes are left out.
 
     Raises:
-        TuneError: there is no GPU, or what was found cannot be kept on disk.
+        TuneError: there is no GPU, a layer is float32, or what was found cannot be kept on disk.
     """
     tuning.check_gpu()
-    tokens, wanted = list(tokens), dict[tuple, None]()
+    tokens = list(tokens)
+    wanted: dict[tuple[int, tuple[int, int], QuantSpec, torch.dtype], None] = {}
     for layer in model.modules():
         if isinstance(layer, LutLinear) and layout.supports(layer.spec.group_size, layer.in_features):
             shape = (layer.out_features, layer.in_features)

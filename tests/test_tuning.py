@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compiler import needs_nvrtc
 from gpus import GPUS
 from tiny_models import build
 from torch import nn
@@ -17,7 +18,7 @@ from flute import LutLinear, QuantSpec
 from flute.bench import tuning
 from flute.cli import main
 from flute.errors import TuneError
-from flute.kernels import choice, cuda, layout, ops, reference, tuned
+from flute.kernels import choice, cuda, jit, layout, ops, plan, reference, tiles, tuned
 from flute.tune import TuneTask, tune_model, tune_tasks_legacy
 
 PROBLEM = tuned.Problem(16, 4096, 4096, 4, 64, "float16")
@@ -243,6 +244,21 @@ def test_models_and_tasks(pretended: list[tuned.Problem]) -> None:
     task = TuneTask(5, 256, 512, 2, 128, 132, torch.float16, torch.device("cuda"))
     tune_tasks_legacy([task, task._replace(N=128)], num_seeds=1)
     assert pretended[2:] == [tuned.Problem(8, n, 512, 2, 128, "float16") for n in (256, 128)]
+
+
+@needs_nvrtc
+def test_kernels_are_compiled_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_arch", lambda device: "sm_90")
+    pair = [next(one for one in FOUND if isinstance(one, kind)) for kind in (plan.Plan, tiles.Tiling)]
+    cuda.compile_ahead(0, [*pair, *pair], 4, False)
+    assert len(list((tmp_path / "cache" / "cubins").glob("*.cubin"))) == 2
+
+    def compiled(text: str, arch: str) -> bytes:
+        raise AssertionError("compiled again")
+
+    monkeypatch.setattr(jit, "compile_cubin", compiled)
+    for one, file, arch in zip(pair, ("decode.cu", "matmul.cu"), ("sm_90", "sm_90a"), strict=True):
+        assert jit.cubin(jit.source(file, dict(one.macros(4, False))), arch)
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------

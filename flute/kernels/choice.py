@@ -8,7 +8,7 @@ Buckets end at 1, 2, 4, 8 and at the widths of the matmul kernel's tiles, 16 to 
 tokens every M of a bucket thus has the same tile widths and the same passes of the decode kernel, and what is legal at
 its end is legal in all of it (where x fits in shared memory at all). Below 16 the decode kernel is the same for all M,
 but x takes up shared memory and time as M grows, hence four buckets. Above 256 the number of waves changes inside a
-bucket, so between its ends a winner is followed only as far as the estimate agrees that it wins there too, see `choose`.
+bucket, so between its ends a winner is followed only as far as the estimate agrees that it wins there (`choose`).
 """
 
 from __future__ import annotations
