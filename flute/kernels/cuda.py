@@ -102,11 +102,11 @@ def machine(device: int) -> tuned.Machine:
 
 def _driver() -> str:
     """The driver's version, such as "580.65.06"; where nobody tells, the CUDA version that it speaks."""
-    from cuda.core import system
-
     try:
+        from cuda.core import system
+
         return ".".join(map(str, system.get_kernel_mode_driver_version()))
-    except (AttributeError, RuntimeError):  # cuda-core before 1.2; NVML is missing
+    except (ImportError, AttributeError, RuntimeError):  # an older cuda-core; NVML is missing
         from cuda.bindings import driver
 
         return f"CUDA {driver.cuDriverGetVersion()[1]}"
