@@ -98,7 +98,7 @@ class Plan:
         """The numbers that decide all others: two plans of one problem differ in their label."""
         return (
             f"decode row_tiles={self.row_tiles} rows={self.rows} ways={self.ways} split={self.split} "
-            f"per_sm={self.per_sm}"
+            f"per_sm={self.per_sm} wide={int(self.wide)}"
         )
 
     def macros(self, bits: int, bf16: bool) -> tuple[tuple[str, int], ...]:

@@ -51,7 +51,10 @@ class Tiling:
     @property
     def label(self) -> str:
         """The numbers that decide all others: two tilings of one problem differ in their label."""
-        return f"matmul tokens={self.tokens} rows={self.rows} ways={self.ways} split={self.split} per_sm={self.per_sm}"
+        return (
+            f"matmul tokens={self.tokens} rows={self.rows} ways={self.ways} split={self.split} per_sm={self.per_sm} "
+            f"wide={int(self.wide)}"
+        )
 
     def macros(self, bits: int, bf16: bool) -> tuple[tuple[str, int], ...]:
         """The macros that select this tiling's kernel."""
