@@ -16,7 +16,9 @@ import argparse
 import torch
 
 from flute.bench.correctness import Case, Problem, relative
+from flute.hadamard import transform
 from flute.kernels import cuda, plan, tiles
+from flute.kernels.hadamard import hadamard
 from flute.kernels.layout import pack_scales, pack_weight
 from flute.spec import QuantSpec
 
@@ -37,11 +39,21 @@ def kinds(m: int, n: int, k: int, bits: int, group: int) -> list[plan.Plan | til
     return list(best.values())
 
 
+def rotations() -> int:
+    """The Hadamard kernel: several transforms a chunk, one, and clusters of two and four. Returns the launches."""
+    cases = [(24, 11), (96, 7), (512, 5), (1024, 3), (4096, 3), (5120, 2), (14336, 2), (14336, 40), (24576, 2)]
+    cases += [(28672, 2), (28672, 40)]
+    for size, m in cases:
+        x = torch.randint(-3, 4, (m, size), device="cuda").half()
+        assert torch.equal(hadamard(x, size), transform(x, size)), (size, m)
+    return len(cases)
+
+
 def main() -> None:
     """Run all cases and check their answers too."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one shape only: racecheck is slow")
-    launches = 0
+    launches = rotations()
     for n, k in SHAPES[:1] if parser.parse_args().quick else SHAPES:
         for bits in (2, 3, 4):
             for group, vector in ((32, 1), (64, 1), (128, 2 if k % 2 == 0 else 1), (-1, 1)):

@@ -14,7 +14,7 @@ import pytest
 from compiler import needs_nvrtc
 from gpus import GPUS
 
-from flute.kernels import jit, plan, tiles
+from flute.kernels import jit, plan, tiles, walsh
 
 
 def disassembler() -> str | None:
@@ -71,3 +71,14 @@ def test_decode(tmp_path: Path, bits: int) -> None:
     assert count(found, "LDSM") == 4  # x: 32 k of eight tokens each
     assert count(found, "LDL|STL") == 0
     assert count(found, r"LDGSTS\.E\.BYPASS\.LTC256B\.128") > 0
+
+
+def test_hadamard(tmp_path: Path) -> None:
+    """4096 elements, 128 threads of 32: two exchanges of pairs, no shuffle, one addition for each bit and element."""
+    cut = walsh.cut(4096)
+    assert cut is not None and cut.threads == 128
+    found = instructions(tmp_path, "hadamard.cu", dict(cut.macros("float16")), "sm_90", "hadamard")
+    assert count(found, "LDG") == count(found, "STG") == 16
+    assert count(found, "LDS.64") == count(found, "STS.64") == 32
+    assert count(found, "FADD") == 12 * 32 and count(found, "SHFL|LDL|STL") == 0
+    assert sum(found.values()) <= 26 * 32

@@ -84,7 +84,7 @@ def _target(device: int, file: str) -> str:
 @cache
 def _kernel(device: int, file: str, macros: tuple[tuple[str, int], ...], name: str) -> Any:
     kernel = jit.load(file, macros, _target(device, file), name)
-    if name in ("lut_decode", "lut_matmul"):  # more than 48 KiB of shared memory must be asked for
+    if name in ("lut_decode", "lut_matmul", "hadamard"):  # more than 48 KiB of shared memory must be asked for
         from cuda.bindings import driver
 
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES

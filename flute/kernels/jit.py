@@ -1,11 +1,11 @@
 """Source text -> cubin -> loaded kernel, at run time, with NVRTC.
 
-A kernel is named by its file and its macros. Its text is: the macros, the layout's device header, ``common.cuh`` and
-the file. NVRTC (through NVIDIA's cuda-core) compiles it for the exact GPU, never to PTX, so an older driver still takes
-it. Cubins are kept on disk under a name that hashes everything they depend on: text, options, architecture, NVRTC
-version. Each file starts with the SHA-256 of the rest and is published by rename, so a torn, damaged or foreign file is
-simply a miss; when several processes meet a cold kernel, one compiles and the others wait for its lock. Without a
-usable disk, memory is used.
+A kernel is named by its file and its macros. Its text is: the macros, ``types.cuh``, what the macros ask for (BITS:
+the layout's device header and ``common.cuh``; TOKENS: `wgmma`; FACTOR: `walsh`) and the file. NVRTC (through NVIDIA's
+cuda-core) compiles it for the exact GPU, never to PTX, so an older driver still takes it. Cubins are kept on disk under
+a name that hashes everything they depend on: text, options, architecture, NVRTC version. Each file starts with the
+SHA-256 of the rest and is published by rename, so a torn, damaged or foreign file is simply a miss; when several
+processes meet a cold kernel, one compiles and the others wait for its lock. Without a usable disk, memory is used.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 
 from .. import settings
 from ..errors import CompileError, FluteError
-from . import layout, wgmma
+from . import layout, walsh, wgmma
 
 _LOCK_SECONDS = 60.0  # a compile takes under a second; whoever waits this long compiles for itself
 _OPTIONS = ("std=c++17",)
@@ -65,13 +65,17 @@ def nvrtc_version() -> str:
 
 
 def source(file: str, macros: dict[str, int]) -> str:
-    """The complete CUDA C++ text of ``file`` (in ``flute/kernels/cuda``) with ``macros``, of which BITS is one."""
+    """The complete CUDA C++ text of ``file`` (in ``flute/kernels/cuda``) with ``macros``; BITS brings the layout."""
     folder = resources.files(__package__) / "cuda"
     head = [f"#define {name} {value}" for name, value in macros.items()]
-    head.append(layout.device_header(macros["BITS"]))
+    head.append((folder / "types.cuh").read_text())
+    if "BITS" in macros:
+        head += [layout.device_header(macros["BITS"]), (folder / "common.cuh").read_text()]
     if "TOKENS" in macros:
         head.append(wgmma.device_header(macros["TOKENS"], bool(macros["BF16"])))
-    return "\n".join([*head, (folder / "common.cuh").read_text(), (folder / file).read_text()])
+    if "FACTOR" in macros:
+        head.append(walsh.device_header(macros["FACTOR"]))
+    return "\n".join([*head, (folder / file).read_text()])
 
 
 def compile_cubin(text: str, arch: str, *, log: Any = None) -> bytes:

@@ -1,41 +1,12 @@
-// What every kernel shares: 16-bit floats, asynchronous copies, tensor-core step, and the pair table in shared memory.
-// No header of the toolkit is included, so NVRTC needs nothing but itself. The host defines BITS and BF16 and puts the
-// layout's constants and left_over_words() (flute/kernels/layout.py) in front of this text.
-
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
+// What the kernels that decode weights share: asynchronous copies, tensor-core step, and the pair table in shared memory.
+// The host defines BITS and puts types.cuh, the layout's constants and left_over_words() (flute/kernels/layout.py) in front
+// of this text.
 
 // The pair table in shared memory: 128 bytes an entry, a copy for every bank. An entry is found by one byte of codes.
 // Entries are 256 bytes apart where that fits: then one instruction makes an address of a byte, else it takes two.
 constexpr int TABLE_PITCH = WIDE_TABLE ? 256 : 128, PAIR_MASK = BITS == 3 ? 63 : 255;
 constexpr int TABLE_ENTRIES = WIDE_TABLE ? 256 : PAIR_MASK + 1;
 [[maybe_unused]] constexpr int TABLE_BYTES = TABLE_ENTRIES * TABLE_PITCH;
-
-#if BF16
-#define TYPE "bf16"  // as instructions call it
-#else
-#define TYPE "f16"
-#endif
-
-__device__ __forceinline__ float wide(u16 value) {
-#if BF16
-  return __uint_as_float((u32)value << 16);
-#else
-  float result;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value));
-  return result;
-#endif
-}
-
-__device__ __forceinline__ u16 narrow(float value) {
-  u16 result;
-  asm("cvt.rn." TYPE ".f32 %0, %1;" : "=h"(result) : "f"(value));
-  return result;
-}
-
-__device__ __forceinline__ u32 shared_address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
 
 // The 32-bit pair for pair index i: two scalars side by side, or one entry of a codebook of pairs.
 __device__ __forceinline__ u32 pair_value(const u16* table, bool vectors, u32 index) {
