@@ -3,7 +3,8 @@
     python benchmarks/plan_sweep.py --output benchmarks/results/plan_sweep_h100.csv [--bits 4 3 2]
 
 The factors in ``flute/kernels/plan.py`` and ``tiles.py`` were fitted to such a file. fp16, group 64; weights rotate
-through at most 24 copies; the median of seven replays of a CUDA graph. Kernels are compiled before anything is timed.
+through at most 24 copies; the median of five replays of a CUDA graph, in turns with all plans of the problem and dense.
+Kernels are compiled before anything is timed.
 """
 
 from __future__ import annotations
@@ -25,16 +26,22 @@ from flute.spec import QuantSpec
 SHAPES = [
     (4096, 4096), (1024, 4096), (6144, 4096), (4096, 14336), (8192, 8192), (28672, 4096), (2048, 2048), (28672, 8192),
 ]  # fmt: skip
-TOKENS = {4: [1, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024], 3: [1, 4, 8, 16, 64, 256]}
+TOKENS = {4: [1, 4, 8, 16, 32, 64, 128, 256, 1024], 2: [1, 4, 8, 16, 32, 64, 128, 256, 1024], 3: [1, 8, 16, 64, 256]}
 COPIES, LARGEST = 24, 1.3e11
-FIELDS = ("tokens", "rows", "ways", "split", "blocks", "stages", "row_tiles", "clusters", "passes", "per_sm", "boxes")
+FIELDS = (
+    "tokens", "rows", "ways", "split", "blocks", "stages", "row_tiles", "clusters", "passes", "per_sm", "boxes", "wide",
+    "span",
+)  # fmt: skip
 
 
 def contestants(gpu: plan.Gpu, m: int, n: int, k: int, bits: int) -> list[plan.Plan | tiles.Tiling]:
-    """The most promising plans of the decode kernel, one or two blocks to an SM, and every tiling."""
-    plans = plan.candidates(gpu, m, n, k, bits, 64) if m <= choice.DECODE_TOKENS else []
-    one, two = ([p for p in plans if p.per_sm == per_sm] for per_sm in (1, 2))
-    return [*one[:14], *two[:12], *tiles.candidates(gpu, m, n, k, bits, 64)]
+    """The three most promising plans of each kind of decode kernel, and the twelve most promising tilings."""
+    kinds: dict[tuple[int, int, bool], list[plan.Plan]] = {}
+    if m <= choice.DECODE_TOKENS:
+        for one in plan.candidates(gpu, m, n, k, bits, 64):
+            kinds.setdefault((one.row_tiles, one.per_sm, one.wide), []).append(one)
+    tilings = sorted(tiles.candidates(gpu, m, n, k, bits, 64), key=lambda one: one.cycles) if m >= 8 else []
+    return [*(one for plans in kinds.values() for one in plans[:3]), *tilings[:12]]
 
 
 def main() -> None:
@@ -45,11 +52,7 @@ def main() -> None:
     arguments = parser.parse_args()
     gpu = cuda.gpu(0)
     problems = [
-        (n, k, bits, m)
-        for n, k in SHAPES
-        for bits in arguments.bits
-        for m in TOKENS.get(bits, TOKENS[3])
-        if n * k * m <= LARGEST
+        (n, k, bits, m) for n, k in SHAPES for bits in arguments.bits for m in TOKENS[bits] if n * k * m <= LARGEST
     ]
     for bits in arguments.bits:
         every = [one for n, k, some, m in problems if some == bits for one in contestants(gpu, m, n, k, bits)]
@@ -64,16 +67,14 @@ def main() -> None:
             dense = [torch.randn(n, k, device="cuda").half() for _ in copies]
             for *_, m in group:
                 x = torch.randn(m, k, device="cuda").half()
-                base = timing.microseconds([partial(F.linear, x, weight) for weight in dense], replays=7)
-                for one in contestants(gpu, m, n, k, bits):
-                    run = partial(cuda.lut_linear, x, forced=one)
-                    spent = timing.microseconds(
-                        [partial(run, weight, scales, table, None, n, bits, 64) for weight, scales in copies],
-                        replays=7,
-                    )
+                found = contestants(gpu, m, n, k, bits)
+                run = partial(cuda.lut_linear, x)
+                calls = [[partial(run, w, s, table, None, n, bits, 64, forced=one) for w, s in copies] for one in found]
+                base, *spent = timing.compare([partial(F.linear, x, weight) for weight in dense], *calls, replays=5)
+                for one, us in zip(found, spent, strict=True):
                     kernel, plain = "matmul" if isinstance(one, tiles.Tiling) else "decode", asdict(one)
                     fields = [plain.get(field, "") for field in FIELDS]
-                    writer.writerow([kernel, n, k, bits, m, f"{base:.2f}", f"{spent:.2f}", int(one.cycles), *fields])
+                    writer.writerow([kernel, n, k, bits, m, f"{base:.2f}", f"{us:.2f}", int(one.cycles), *fields])
                 file.flush()
 
 
