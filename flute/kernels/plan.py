@@ -221,8 +221,8 @@ def _candidate(
     rounds = -(-units // (clusters * rows))
     rate, latency = _step_cycles(gpu, bits, block, token_tiles, row_tiles, wide)
     busy = min(warps, ways * -(-units // clusters))
-    busy += 0.2 * (-busy % 4)  # quarters of an SM that have a warp less than others
-    step = soft_max(2.3, rate * busy, latency)
+    uneven = 0.2 * (-busy % 4)  # quarters of an SM that have a warp less than others
+    step = soft_max(2.3, rate * (busy + uneven), latency)
     per_round = 0 if participants == 1 else 455 + 71 * ways + (987 if split > 1 else 0) + 161 * row_tiles * token_tiles
     cycles = rounds * (-(-chunks // participants) * step + per_round)
     cycles += (
