@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .kernels import layout, ops  # noqa: F401  (ops makes torch.ops.flute)
+from .kernels import layout, ops
 from .packing import pack_codes
 from .quantize import Quantized, quantize
 from .spec import CUSTOM_TABLE, QuantSpec
 from .tables import named_table, resolve_table
+from .together import Together
 
 
 class LutLinear(nn.Linear):
@@ -34,9 +35,12 @@ class LutLinear(nn.Linear):
         weight: Parameter uint8, codes; (N, row_bytes) or, on CUDA, kernel order. Never trained.
         scales: Parameter (N, G) or, on CUDA, kernel order. Never trained by default.
         table: buffer of ``spec.table_shape``; saved only when it is a custom one.
+        together, place: the group of layers with which it shares launches, if any, and its number there.
     """
 
     table: torch.Tensor
+    together: Together | None = None
+    place: int = 0
 
     # transformers' tensor-parallel wrapper hands this module plain local tensors instead of DTensors
     _hf_quantized_needs_local_tp = True
@@ -98,12 +102,16 @@ class LutLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., K) -> (..., N). Under autocast in 16 bits: the layer's own type if it is one, else autocast's."""
-        # attributes of a module are looked up in Python, so each is read once; casts are skipped where nothing changes
+        if self.together is not None:
+            y = self.together.part(self.place, x)
+            if y is not None:
+                return y
+        # torch looks a module's attributes up in Python: each is read once, and casts are skipped where nothing changes
         weight, table, spec = self.weight, self.table, self.spec
         scales: torch.Tensor = self.scales
         bias: torch.Tensor | None = self.bias
         dtype = scales.dtype
-        if torch.is_autocast_enabled(x.device.type):
+        if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type) if dtype == torch.float32 else dtype
             x = x.to(dtype)
         # PEFT's prepare_model_for_kbit_training makes every 16-bit parameter float32, and leaves buffers alone
@@ -113,7 +121,7 @@ class LutLinear(nn.Linear):
             bias = bias.to(dtype)
         # under tensor parallelism these are this rank's rows and out_features is the sum over ranks
         rows = self.out_features if weight.dim() == 3 else weight.shape[0]
-        return torch.ops.flute.lut_linear(x, weight, scales, table, bias, rows, spec.bits, spec.group_size)
+        return ops.apply(x, weight, scales, table, bias, rows, spec.bits, spec.group_size)
 
     def dequantize(self) -> torch.Tensor:
         """The weight (N, K) in the dtype of the scales, as the kernels see it."""
@@ -144,13 +152,18 @@ class LutLinear(nn.Linear):
         """
         if hasattr(self.weight, "device_mesh"):  # a DTensor, whose module not every torch build has
             return self
+        self._order()
+        if self.together is not None:
+            self.together.join()
+        return self
+
+    def _order(self) -> None:
         wanted = self.weight.is_cuda and layout.supports(self.spec.group_size, self.in_features)
         if wanted and not self.in_kernel_order:
             self.weight.data = layout.pack_weight(self.weight.data, self.spec.bits, self.in_features)
             self.scales.data = layout.pack_scales(self.scales.data)
         elif self.in_kernel_order and not wanted:
             self.weight.data, self.scales.data = self.checkpoint_tensors()
-        return self
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LutLinear:
         before = self.table.dtype
@@ -158,7 +171,16 @@ class LutLinear(nn.Linear):
         if self.table.dtype != before and self.spec.table != CUSTOM_TABLE and not self.table.is_meta:
             # a named table is rounded once, from float32, not from one 16-bit type to the other
             self.table = named_table(self.spec.table).to(device=self.table.device, dtype=self.table.dtype)
-        return self if self.weight.is_meta else self.arrange()
+        if not self.weight.is_meta:
+            self.arrange()
+        elif self.together is not None:
+            self.together.apart()
+        return self
+
+    def _replicate_for_data_parallel(self) -> LutLinear:
+        replica = super()._replicate_for_data_parallel()
+        replica.together = None  # the group's memory is on another GPU
+        return replica
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -166,6 +188,11 @@ class LutLinear(nn.Linear):
             # copies, so they go to host memory: a GPU that holds the model need not hold it twice
             for name, tensor in zip(("weight", "scales"), self.checkpoint_tensors(), strict=True):
                 destination[prefix + name] = tensor.cpu()
+        if self.together is not None and not keep_vars:
+            for name in ("weight", "scales", "bias"):  # views of memory that others view too, which files do not take
+                held: torch.Tensor | None = destination.get(prefix + name)
+                if held is not None and held.untyped_storage().nbytes() > held.nbytes:
+                    destination[prefix + name] = held.clone()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         if self.in_kernel_order:

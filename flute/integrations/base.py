@@ -24,6 +24,7 @@ from ..linear import LutLinear
 from ..quantize import Quantized, dequantize, quantize
 from ..spec import QuantSpec
 from ..tables import named_table
+from .fusion import fuse
 from .hooks import attach_hook, release_hook
 from .modules import quantizable
 
@@ -84,6 +85,7 @@ def prepare_model_flute(
         made.train(child.training)
         module.set_submodule(child_name, made)
         attach_hook(made, hook)
+    fuse(module)
     if scales:
         raise IntegrationError(f"custom_scales_dict has {', '.join(sorted(scales))}: no such linear layer in {name!r}")
 

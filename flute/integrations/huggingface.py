@@ -40,6 +40,8 @@ class FluteConfig(QuantizationConfigMixin):
         modules_to_not_convert: patterns of layers left dense.
         lm_head: quantize the output head too. If it shares its weight with the embedding it gets its own.
         scale: ``"absmax"``, or ``"mse"`` for the scale of least squared error. Only for quantizing.
+        fuse: on a GPU, layers that get the same x (q, k, v; gate, up) share one launch (`flute.integrations.fusion`).
+            Not written to the checkpoint; what was loaded from one is put apart by ``separate(model)`` from there.
         table_values: the custom table, ``(2**bits,)`` or ``(2**(2*bits), 2)`` numbers, when a spec says ``"custom"``.
 
     Raises:
@@ -59,9 +61,10 @@ class FluteConfig(QuantizationConfigMixin):
         modules_to_not_convert: Sequence[str] | None = None,
         lm_head: bool = False,
         scale: str = "absmax",
+        fuse: bool = True,
         table_values: Any = None,
     ) -> None:
-        self.quant_method = QUANT_METHOD
+        self.quant_method, self.fuse = QUANT_METHOD, fuse
         if isinstance(bits, QuantSpec):
             spec = bits
         else:
@@ -187,10 +190,8 @@ class FluteHfQuantizer(HfQuantizer):
             self._waiting = frozenset(f"{name}.weight" for name in placed)
             # a new config: the caller's own still has its patterns and may serve for another model
             resolved = FluteConfig.of(record.resolved(self._specs, choice.dense))
-            resolved.scale, resolved.table_values = (
-                self.quantization_config.scale,
-                self.quantization_config.table_values,
-            )
+            given = self.quantization_config
+            resolved.scale, resolved.table_values, resolved.fuse = given.scale, given.table_values, given.fuse
             self.quantization_config = resolved
         return model
 
@@ -236,7 +237,7 @@ class FluteHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from ..linear import LutLinear
-        from . import loading
+        from . import fusion, loading
 
         if self._failures:
             raise self._failures[0]
@@ -246,6 +247,8 @@ class FluteHfQuantizer(HfQuantizer):
             layer = model.get_submodule(name)
             assert isinstance(layer, LutLinear)
             loading.finish_layer(name, layer)
+        if self.quantization_config.fuse:
+            fusion.fuse(model)
         return model
 
     def _quantize_tied_head(self, model: Any, name: str) -> None:

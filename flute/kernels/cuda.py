@@ -1,7 +1,8 @@
 """The CUDA backend: launches the kernels of ``cuda/*.cu`` on torch's tensors and current stream.
 
-Nothing here synchronises with the host or keeps state between calls, so calls are safe on several streams and inside
-CUDA graphs: the only memory besides y is, on GPUs without clusters, a float32 workspace from torch's allocator.
+Nothing here synchronises with the host, or keeps state between calls but plans and kernels it has looked up, so calls
+are safe on several streams and inside CUDA graphs: the only memory besides y is, on GPUs without clusters, a float32
+workspace from torch's allocator.
 """
 
 from __future__ import annotations
@@ -129,15 +130,15 @@ def _bind() -> None:
         _thread.bound = True
 
 
-def _launch(device: torch.device, config: Any, kernel: Any, *arguments: Any) -> None:
-    stream = torch.cuda.current_stream(device)
-    core = _core()
+def _launch(device: int, config: Any, kernel: Any, *arguments: Any) -> None:
+    # torch's current_stream makes an object, which takes as long as the launch; compiled code asks for the handle, too
+    stream = _stream(torch._C._cuda_getCurrentRawStream(device))
     _bind()
-    if device.index != torch.cuda.current_device():
+    if device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            core.launch(_stream(stream.cuda_stream), config, kernel, *arguments)
+            _core().launch(stream, config, kernel, *arguments)
     else:
-        core.launch(_stream(stream.cuda_stream), config, kernel, *arguments)
+        _core().launch(stream, config, kernel, *arguments)
 
 
 # ---- arguments -----------------------------------------------------------------------------------------------------
@@ -145,8 +146,9 @@ def _launch(device: torch.device, config: Any, kernel: Any, *arguments: Any) -> 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
     """Contiguous and 16-byte aligned, by a copy if it must be."""
-    tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+    if tensor.is_contiguous() and not tensor.data_ptr() & 15:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _group_magic(group: int, k: int) -> int:
@@ -183,17 +185,55 @@ def compile_ahead(device: int, launches: Sequence[choice.Launch], bits: int, bf1
         job.result()
 
 
-class _Operands(NamedTuple):
-    """A product as both kernels take it: tensors contiguous and aligned, N, bits, and the group size's magic number."""
+_Problem = tuple[int, int, int, int, int, int, bool]  # device, M, N, K, bits, group, whether bfloat16
 
-    x: torch.Tensor
-    weight: torch.Tensor
-    scales: torch.Tensor
-    table: torch.Tensor
-    bias: torch.Tensor | None
-    n: int
-    bits: int
-    magic: int
+
+class _Prepared(NamedTuple):
+    """All that a launch needs besides addresses."""
+
+    problem: _Problem
+    chosen: choice.Launch
+    kernel: Any
+    config: Any
+    sizes: tuple[int, ...]  # the kernel's last arguments
+    partial: tuple[int, int, int] | None = None  # float32 workspace of GPUs without clusters, and who adds it up
+    reduce: Any = None
+    reduce_config: Any = None
+
+
+_launches: dict[
+    tuple[Any, ...], _Prepared
+] = {}  # by `_signature`: what was checked and prepared once is only looked up
+_MOST_LAUNCHES = 16384
+
+
+def _signature(
+    x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, table: torch.Tensor, bias: torch.Tensor | None,
+    out_features: int, bits: int, group_size: int,
+) -> tuple[Any, ...]:  # fmt: skip
+    """All that the operator's checks and a launch depend on, addresses and strides aside."""
+    return (
+        x.shape, x.dtype, x.get_device(), weight.shape, weight.dtype, weight.get_device(), scales.shape, scales.dtype,
+        scales.get_device(), table.shape, table.dtype, table.get_device(), out_features, bits, group_size,
+        None if bias is None else (bias.shape, bias.dtype, bias.get_device()),
+    )  # fmt: skip
+
+
+def again(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    table: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_features: int,
+    bits: int,
+    group_size: int,
+) -> torch.Tensor | None:
+    """`lut_linear` where it has run with operands of these shapes and dtypes before, without any check; else None."""
+    launch = _launches.get(_signature(x, weight, scales, table, bias, out_features, bits, group_size))
+    if launch is None or launch.chosen is not choose(*launch.problem):
+        return None
+    return _run(launch, x, weight, scales, table, bias)
 
 
 def lut_linear(
@@ -208,51 +248,87 @@ def lut_linear(
     *,
     forced: choice.Launch | None = None,
 ) -> torch.Tensor | None:
-    """y (M, N) of x (M, K), codes and scales in kernel order; None when no kernel takes it (see `choose`).
+    """y (..., N) of x (..., K), codes and scales in kernel order; None when no kernel takes it (see `choose`).
 
     Args:
         forced: run this plan instead of the chosen one (tests, tuning).
     """
-    m, k = x.shape
-    group = whole_group(group_size, k)
-    chosen = forced or choose(x.device.index, m, out_features, k, bits, group, x.dtype == torch.bfloat16)
+    device, k = x.get_device(), x.shape[-1]
+    m, group = x.numel() // k, whole_group(group_size, k)
+    problem = (device, m, out_features, k, bits, group, x.dtype == torch.bfloat16)
+    chosen = forced or choose(*problem)
     if chosen is None:
         return None
-    operands = _Operands(
-        _aligned(x), _aligned(weight), _aligned(scales), _aligned(table), None if bias is None else bias.contiguous(),
-        out_features, bits, _group_magic(group, k),
-    )  # fmt: skip
-    return _matmul(chosen, operands) if isinstance(chosen, tiles.Tiling) else _decode(chosen, operands)
+    launch = _prepare(problem, chosen)
+    if forced is None:
+        if len(_launches) >= _MOST_LAUNCHES:
+            _launches.clear()
+        _launches[_signature(x, weight, scales, table, bias, out_features, bits, group_size)] = launch
+    return _run(launch, x, weight, scales, table, bias)
 
 
-def _decode(chosen: plan.Plan, operands: _Operands) -> torch.Tensor:
-    x, weight, scales, table, bias, n, bits, magic = operands
-    (m, k), device = x.shape, x.device
-    y = torch.empty(m, n, dtype=x.dtype, device=device)
-    clusters = gpu(device.index).has_clusters
-    macros = chosen.macros(bits, x.dtype == torch.bfloat16)
-    kernel = _kernel(device.index, "decode.cu", macros, "lut_decode")
-    cluster = chosen.split if clusters else 1
-    config = _config(
-        (chosen.clusters * (chosen.split // cluster), chosen.passes),
-        32 * chosen.warps,
-        chosen.shared_bytes,
-        cluster,
-        clusters,
-    )
-    partial = None
-    if chosen.split > 1 and not clusters:
-        partial = torch.empty(chosen.split, m, n, dtype=torch.float32, device=device)
-    _launch(
-        device, config, kernel, weight.data_ptr(), scales.data_ptr(), table.data_ptr(), int(table.dim() == 2),
-        x.data_ptr(), _pointer(bias), y.data_ptr(), _pointer(partial), m, n, k, scales.shape[1],
-        magic, chosen.split, chosen.ways, chosen.pitch, chosen.tokens,
-    )  # fmt: skip
-    if partial is not None:
-        reduce = _kernel(device.index, "decode.cu", macros, "lut_reduce")
-        config = _config((-(-m * n // 256), 1), 256, 0, 1, False)
-        _launch(device, config, reduce, partial.data_ptr(), _pointer(bias), y.data_ptr(), m, n, chosen.split)
+def _run(
+    launch: _Prepared,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    table: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    device, m, n, k = launch.problem[:4]
+    y = x.new_empty(*x.shape[:-1], n)
+    # copies that must be made live until the launch: names hold them, not only their addresses
+    x, weight, scales, table = _aligned(x), _aligned(weight), _aligned(scales), _aligned(table)
+    bias = None if bias is None else bias.contiguous()
+    operands = (weight.data_ptr(), scales.data_ptr(), table.data_ptr(), int(table.dim() == 2))
+    add, out, shape = _pointer(bias), y.data_ptr(), launch.partial
+    if isinstance(launch.chosen, tiles.Tiling):
+        if k % 8:  # the copy engine wants rows at multiples of 16 bytes
+            x = torch.nn.functional.pad(x, (0, -k % 8))
+        box = _tensor_map(device, x.data_ptr(), m, x.shape[-1], launch.chosen.tokens)
+        _launch(device, launch.config, launch.kernel, box, *operands, add, out, *launch.sizes)
+    elif shape is None:
+        _launch(device, launch.config, launch.kernel, *operands, x.data_ptr(), add, out, 0, *launch.sizes)
+    else:
+        partial = torch.empty(shape, dtype=torch.float32, device=x.device)
+        parts = partial.data_ptr()
+        _launch(device, launch.config, launch.kernel, *operands, x.data_ptr(), add, out, parts, *launch.sizes)
+        _launch(device, launch.reduce_config, launch.reduce, parts, add, out, m, n, shape[0])
     return y
+
+
+def _prepare(problem: _Problem, chosen: choice.Launch) -> _Prepared:
+    if isinstance(chosen, tiles.Tiling):
+        return _prepare_matmul(problem, chosen)
+    return _prepare_decode(problem, chosen)
+
+
+def _prepare_decode(problem: _Problem, chosen: plan.Plan) -> _Prepared:
+    device, m, n, k, bits, group, bf16 = problem
+    clusters = gpu(device).has_clusters
+    macros = chosen.macros(bits, bf16)
+    cluster = chosen.split if clusters else 1
+    launch = _Prepared(
+        problem,
+        chosen,
+        _kernel(device, "decode.cu", macros, "lut_decode"),
+        _config(
+            (chosen.clusters * (chosen.split // cluster), chosen.passes),
+            32 * chosen.warps,
+            chosen.shared_bytes,
+            cluster,
+            clusters,
+        ),
+        (m, n, k, -(-k // group), _group_magic(group, k), chosen.split, chosen.ways, chosen.pitch, chosen.tokens),
+    )
+    if chosen.split == 1 or clusters:
+        return launch
+    reduce = _kernel(device, "decode.cu", macros, "lut_reduce")
+    return launch._replace(
+        partial=(chosen.split, m, n),
+        reduce=reduce,
+        reduce_config=_config((-(-m * n // 256), 1), 256, 0, 1, False),
+    )
 
 
 class _Address:
@@ -279,20 +355,16 @@ def _tensor_map(device: int, pointer: int, m: int, k: int, tokens: int) -> Any:
         return view.as_tensor_map(options=options)
 
 
-def _matmul(chosen: tiles.Tiling, operands: _Operands) -> torch.Tensor:
-    x, weight, scales, table, bias, n, bits, magic = operands
-    (m, k), device, split = x.shape, x.device, chosen.split
-    if k % 8:  # the copy engine wants rows at multiples of 16 bytes
-        x = torch.nn.functional.pad(x, (0, -k % 8))
-    y = torch.empty(m, n, dtype=x.dtype, device=device)
-    kernel = _kernel(device.index, "matmul.cu", chosen.macros(bits, x.dtype == torch.bfloat16), "lut_matmul")
-    config = _config((chosen.blocks // split, 1), chosen.threads, chosen.shared_bytes, split, True)
-    _launch(
-        device, config, kernel, _tensor_map(device.index, x.data_ptr(), m, x.shape[1], chosen.tokens),
-        weight.data_ptr(), scales.data_ptr(), table.data_ptr(), int(table.dim() == 2), _pointer(bias), y.data_ptr(),
-        m, n, k, scales.shape[1], magic, split, -(-(1 << 32) // split), chosen.span,
-    )  # fmt: skip
-    return y
+def _prepare_matmul(problem: _Problem, chosen: tiles.Tiling) -> _Prepared:
+    device, m, n, k, bits, group, bf16 = problem
+    split = chosen.split
+    return _Prepared(
+        problem,
+        chosen,
+        _kernel(device, "matmul.cu", chosen.macros(bits, bf16), "lut_matmul"),
+        _config((chosen.blocks // split, 1), chosen.threads, chosen.shared_bytes, split, True),
+        (m, n, k, -(-k // group), _group_magic(group, k), split, -(-(1 << 32) // split), chosen.span),
+    )
 
 
 # ---- dequantization --------------------------------------------------------------------------------------------------
@@ -315,8 +387,9 @@ def dequantize(
     kernel = _kernel(device.index, "dequantize.cu", macros, "lut_dequantize")
     tiles, chunks, _ = layout.packed_shape(n, k, bits)
     config = _config((-(-tiles * chunks // 8), 1), 256, 0, 1, False)
+    weight, scales, table = _aligned(weight), _aligned(scales), _aligned(table)
     _launch(
-        device, config, kernel, _aligned(weight).data_ptr(), _aligned(scales).data_ptr(), _aligned(table).data_ptr(),
+        device.index, config, kernel, weight.data_ptr(), scales.data_ptr(), table.data_ptr(),
         int(table.dim() == 2), out.data_ptr(), n, k, scales.shape[1], _group_magic(group, k),
     )  # fmt: skip
     return out

@@ -15,12 +15,14 @@ Gradients flow to x (and bias) only: dx = dy . W. The codes are constants, so ad
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
 from ..errors import OperatorError
 from ..spec import QuantSpec, whole_group
-from . import cpu, layout, reference
+from . import cpu, cuda, direct, layout, reference
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _CPU_KERNEL_TOKENS = 32  # as many as the C kernel decodes a weight for once
@@ -122,8 +124,6 @@ def _dequantize(
 ) -> torch.Tensor:
     _check_weight(weight, scales, table, out_features, in_features, bits, group_size)
     if weight.is_cuda and weight.dim() == 3 and scales.dtype != torch.float32:  # that kernel writes 16 bits
-        from . import cuda
-
         return cuda.dequantize(weight, scales, table, out_features, in_features, bits, group_size)
     if not weight.is_cuda and cpu.available():
         group = whole_group(group_size, in_features)
@@ -181,22 +181,22 @@ def _lut_linear_cuda(
     bits: int,
     group_size: int,
 ) -> torch.Tensor:
+    y = cuda.again(x, weight, scales, table, bias, out_features, bits, group_size)
+    if y is not None:
+        return y
     k = _check(x, weight, scales, table, bias, out_features, bits, group_size)
     if x.dtype == torch.float32:
         _refuse("x is float32; the CUDA kernels take float16 and bfloat16, cast x and the layer")
-    flat = x.reshape(-1, k).contiguous()  # torch's matmul may round otherwise for other strides
-    m = flat.shape[0]
-    if m == 0:
+    if x.numel() == 0:
         return x.new_empty(*x.shape[:-1], out_features)
-    y = None
     if layout.supports(group_size, k):
-        from . import cuda
-
         if weight.dim() == 2:  # an offloaded layer, moved here for this call only
             weight, scales = layout.pack_weight(weight, bits, k), layout.pack_scales(scales)
-        y = cuda.lut_linear(flat, weight, scales, table, bias, out_features, bits, group_size)
-    if y is None:
-        y = _dense_path(flat, weight, scales, table, bias, out_features, bits, group_size)
+        y = cuda.lut_linear(x, weight, scales, table, bias, out_features, bits, group_size)
+        if y is not None:
+            return y
+    flat = x.reshape(-1, k).contiguous()  # torch's matmul may round otherwise for other strides
+    y = _dense_path(flat, weight, scales, table, bias, out_features, bits, group_size)
     return y.view(*x.shape[:-1], out_features)
 
 
@@ -255,7 +255,28 @@ torch.library.register_fake("flute::dequantize", _dequantize_fake, lib=_library)
 torch.library.register_autograd("flute::lut_linear", _backward, setup_context=_setup_context, lib=_library)
 
 
-# ---- the public function ---------------------------------------------------------------------------------------------
+# ---- calls ---------------------------------------------------------------------------------------------------------
+
+
+def backend(x: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """The operator's kernel for x, a plain tensor on a CPU or GPU: takes the operator's arguments."""
+    return _lut_linear_cuda if x.is_cuda else _lut_linear_cpu
+
+
+def apply(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    table: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_features: int,
+    bits: int,
+    group_size: int,
+) -> torch.Tensor:
+    """``torch.ops.flute.lut_linear``, past torch's dispatcher where that has nothing to do (see `direct`)."""
+    if direct.possible(x, weight, scales, table, bias):
+        return backend(x)(x, weight, scales, table, bias, out_features, bits, group_size)
+    return torch.ops.flute.lut_linear(x, weight, scales, table, bias, out_features, bits, group_size)
 
 
 def lut_linear(
@@ -286,4 +307,4 @@ def lut_linear(
         OperatorError: shapes, dtypes or devices do not fit.
     """
     n = weight.shape[0] if out_features is None else out_features
-    return torch.ops.flute.lut_linear(x, weight, scales, table, bias, n, spec.bits, spec.group_size)
+    return apply(x, weight, scales, table, bias, n, spec.bits, spec.group_size)
