@@ -275,8 +275,10 @@ class Stack(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor", "eager"])
+@pytest.mark.parametrize(
+    ("backend", "mode"),
+    [("inductor", torch.no_grad), ("aot_eager", torch.inference_mode), ("eager", torch.no_grad)],
+)
 def test_compiled_in_one_launch_each(backend: str, mode: Any, launches: list[int]) -> None:
     plain = Stack()
     module = fused(copy.deepcopy(plain))
@@ -348,7 +350,7 @@ FAMILIES = ["Llama", "Qwen2", "Qwen3", "Mistral", "Gemma2", "Phi"]
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_models(family: str, tmp_path: Path, launches: list[int]) -> None:
-    sizes = {"hidden_size": 96, "intermediate_size": 128, "head_dim": 16, "num_attention_heads": 6}
+    sizes = {"hidden_size": 96, "intermediate_size": 128, "head_dim": 16, "num_hidden_layers": 1}
     source = saved(tmp_path / "dense", family, **sizes)
     model = load(source, quantization_config=FluteConfig(group_size=32), attn_implementation="eager")
     assert not model.model.layers[0].self_attn.q_proj.together.joined
@@ -357,7 +359,7 @@ def test_models(family: str, tmp_path: Path, launches: list[int]) -> None:
     fused(model)
     launches.clear()
     assert torch.equal(model(prompt()[:, :4]).logits, plain(prompt()[:, :4]).logits)
-    assert len(launches) == 2 * 4 + 2 * (6 if family == "Phi" else 7)
+    assert len(launches) == 4 + (6 if family == "Phi" else 7)
     model.save_pretrained(tmp_path / "quantized")
     assert equal_states(load(tmp_path / "quantized"), plain) and equal_states(model, plain)
     if family == "Llama":
@@ -367,7 +369,7 @@ def test_models(family: str, tmp_path: Path, launches: list[int]) -> None:
         compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
         launches.clear()
         torch.testing.assert_close(compiled(prompt()).logits, plain(prompt()).logits, rtol=1e-4, atol=1e-4)
-        assert len(launches) == 2 * 2 + 2 * 7, "two groups a layer; calls of the plain operator are not counted"
+        assert len(launches) == 2 + 7, "two groups; compiled calls of the plain operator are not counted"
 
 
 def test_adapters_on_top(tmp_path: Path, launches: list[int]) -> None:
