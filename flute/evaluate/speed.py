@@ -39,7 +39,7 @@ def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, *, st
         limits["min_new_tokens"] = max_new_tokens
     _wait(model)
     started = time.perf_counter()
-    with torch.inference_mode():
+    with torch.no_grad():
         output = model.generate(inputs, attention_mask=torch.ones_like(inputs), **limits)
     _wait(model)
     seconds = time.perf_counter() - started
