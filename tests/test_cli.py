@@ -75,7 +75,13 @@ def test_help_and_version_are_light() -> None:
         "import sys\nfrom flute.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n"
         "print(sorted({'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules)), file=sys.stderr)"
     )
-    for arguments in (["--version"], ["--help"], ["quantize", "--help"], ["demo", "--help"]):
+    for arguments in (
+        ["--version"],
+        ["--help"],
+        ["quantize", "--help"],
+        ["demo", "--help"],
+        ["bench", "model", "--help"],
+    ):
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
         assert done.stderr.strip() == "[]"
         assert done.stdout.startswith(f"flute {__version__}") or "Usage:" in done.stdout

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-_PACKAGES = ("torch", "transformers", "cuda-core")
+_PACKAGES = ("torch", "transformers", "cuda-core", "bitsandbytes")
 
 
 def _driver() -> str:

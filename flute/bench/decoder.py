@@ -1,0 +1,132 @@
+"""One decode step of a transformers model, made for measuring: a static cache, no work of the host in between.
+
+All decoder layers run one function, which torch compiles once for all of them (compiled as methods of the model each
+layer would be compiled by itself, because each knows its number), so that norms, rotations and activations are fused
+alike whatever the linear layers are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class _Slot:
+    """The cache as one layer sees it in one step: writes at ``position`` and hands out all keys and values."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, position: torch.Tensor) -> None:
+        self.keys, self.values, self.position = keys, values, position
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        self.keys.index_copy_(2, self.position, keys)
+        self.values.index_copy_(2, self.position, values)
+        return self.keys, self.values
+
+
+def _layer_step(
+    layer: nn.Module, hidden: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, position: torch.Tensor,
+    mask: torch.Tensor | None, rotation: tuple[torch.Tensor, torch.Tensor],
+) -> torch.Tensor:  # fmt: skip
+    slot = _Slot(keys, values, position)
+    made = layer(hidden, attention_mask=mask, past_key_values=slot, use_cache=True, position_embeddings=rotation)
+    return made[0] if isinstance(made, tuple) else made
+
+
+class _Layer(nn.Module):
+    """A decoder layer in the place of the model's own: decode steps go through ``step``, all else as before."""
+
+    def __init__(self, layer: nn.Module, index: int, step: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.layer, self.index, self.step = layer, index, step
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
+    def forward(self, hidden_states: torch.Tensor, **given: Any) -> Any:
+        cache = given.get("past_key_values")
+        if hidden_states.shape[1] != 1 or cache is None:
+            return self.layer(hidden_states, **given)
+        own = cache.layers[self.index]
+        # views: the cache marks its tensors as addresses to compile for, and there is one pair for every layer
+        keys, values = own.keys.view_as(own.keys), own.values.view_as(own.values)
+        position = given["position_ids"].view(-1)
+        mask, rotation = given.get("attention_mask"), given["position_embeddings"]
+        return self.step(self.layer, hidden_states, keys, values, position, mask, rotation)
+
+
+def _attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
+    scaling: float | None = None, **given: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """torch's attention. For one token, heads that share keys are rows of one query, so no key is copied for each."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if query.shape[2] != 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **given)
+    batch, heads, _, width = query.shape
+    rows = query.reshape(batch, key.shape[1], -1, width)
+    made = nn.functional.scaled_dot_product_attention(rows, key, value, attn_mask=attention_mask, scale=scaling)
+    return made.reshape(batch, 1, heads, width), None
+
+
+def share_layer_step(model: Any, *, compiled: bool) -> None:
+    """Send decode steps of all layers of ``model`` through one function, compiled by torch or not."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register("shared_keys", _attention)
+    AttentionMaskInterface.register("shared_keys", sdpa_mask)
+    model.set_attn_implementation("shared_keys")
+    step = torch.compile(_layer_step) if compiled else _layer_step
+    layers = model.get_decoder().layers
+    for index, layer in enumerate(layers):
+        layers[index] = _Layer(layer, index, step)
+
+
+def empty_cache(model: Any, batch: int, length: int) -> Any:
+    """A static cache of ``length`` tokens with all its memory, of zeros."""
+    from transformers import StaticCache
+
+    config = model.config.get_text_config(decoder=True)
+    heads, width = config.num_key_value_heads, getattr(config, "head_dim", None)
+    width = width or config.hidden_size // config.num_attention_heads
+    cache: Any = StaticCache(config=config, max_cache_len=length)
+    like = torch.empty(batch, heads, 0, width, dtype=model.dtype, device=model.device)
+    for layer in cache.layers:
+        layer.lazy_initialization(like, like)
+    return cache
+
+
+def set_length(cache: Any, tokens: int) -> None:
+    """Make ``cache`` one that holds ``tokens`` tokens."""
+    for layer in cache.layers:
+        layer.cumulative_length.fill_(tokens)
+
+
+class Decoder:
+    """``step()`` decodes one token for every sequence of a batch, after ``prompt`` tokens of random content."""
+
+    def __init__(self, model: Any, batch: int, prompt: int, room: int) -> None:
+        self.model, self.prompt = model, prompt
+        self.cache = empty_cache(model, batch, prompt + room)
+        for layer in self.cache.layers:
+            layer.keys.normal_()
+            layer.values.normal_()
+        self.tokens = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Forget what was decoded."""
+        set_length(self.cache, self.prompt)
+
+    def step(self) -> None:
+        """One token for every sequence; no work of the host is needed in between, so it can be captured."""
+        logits = self.model(self.tokens, past_key_values=self.cache, use_cache=True).logits
+        self.tokens.copy_(logits[:, -1:].argmax(-1))
+        torch._foreach_add_([layer.cumulative_length for layer in self.cache.layers], 1)
