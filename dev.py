@@ -37,7 +37,8 @@ BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
 STAMP = VENV / "flute-stamp"
 LEVELS = {"demo": "plot", "test": "test", "dev": "dev"}  # level -> extra; each holds the ones before it
-DECIDES_INSTALL = ("pyproject.toml", "constraints.txt", "setup.py", "flute/kernels/_cpu.c")
+CPU_KERNEL = tuple(f"flute/kernels/_cpu{end}" for end in (".c", "_block.h", "_sets.h"))
+DECIDES_INSTALL = ("pyproject.toml", "constraints.txt", "setup.py", *CPU_KERNEL)
 
 
 def run(*command: object, env: dict[str, str] | None = None) -> None:

@@ -21,6 +21,7 @@ class AnyPython(bdist_wheel):
 cpu_kernel = Extension(
     "flute.kernels._cpu",
     sources=["flute/kernels/_cpu.c"],
+    depends=["flute/kernels/_cpu_block.h", "flute/kernels/_cpu_sets.h"],
     extra_compile_args=["/O2"] if sys.platform == "win32" else ["-O3", "-g0"],
     extra_link_args=[] if sys.platform == "win32" else ["-pthread"],
     optional=True,

@@ -17,14 +17,14 @@ import torch
 
 from ..errors import CompileError
 
-_VERSION = 2  # of the C functions' arguments; a library built from other sources is not called
-_STRIP = 256  # _cpu.c wants x in strips of so many weights
+_VERSION = 3  # of the C functions' arguments; a library built from other sources is not called
+_STRIP = 256  # _cpu.c cuts x into strips of so many weights
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _SUFFIXES = (".so", ".pyd", ".dylib")
 
 _loaded: ctypes.CDLL | None = None
 _reason = ""  # why _loaded is None, once that is known
-portable = False  # True leaves AVX2 aside, so that tests reach the code other machines run
+instructions: int | None = None  # set to less than best(), tests reach what other machines run
 
 
 def load(path: Path | None = None) -> None:
@@ -47,8 +47,8 @@ def load(path: Path | None = None) -> None:
     if version != _VERSION:
         raise CompileError(f"CPU kernel {path} has version {version}, not {_VERSION}; reinstall flute-engine")
     kinds: dict[str, Any] = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64}
-    settings = "iiiipi"  # bits, vector_size, dtype, threads, GOMP_parallel, portable
-    library.flute_cpu_linear.argtypes = [kinds[kind] for kind in "pppppp" + "llll" + settings]
+    settings = "iiiipi"  # bits, vector_size, dtype, threads, GOMP_parallel, instruction set
+    library.flute_cpu_linear.argtypes = [kinds[kind] for kind in "ppppppp" + "llll" + settings]
     library.flute_cpu_dequantize.argtypes = [kinds[kind] for kind in "pppp" + "lll" + settings]
     library.flute_cpu_linear.restype = library.flute_cpu_dequantize.restype = None
     _loaded = library
@@ -70,6 +70,20 @@ def build_hint() -> str:
     return "" if available() else _reason
 
 
+def most_tokens(dtype: torch.dtype, weights: int) -> int:
+    """Up to which M `lut_linear` is taken to be no slower than `dequantize` and PyTorch's matmul, for N * K weights.
+
+    It ends where PyTorch has matrix instructions for the dtype or a better float32 matmul, and later for large weights:
+    the dense copy is then fresh memory for every call.
+    """
+    large = weights >= 1 << 25
+    if dtype == torch.bfloat16 and _multiplies_bfloat16():
+        return 32 if large else 8
+    if best() == 2 and dtype != torch.bfloat16:
+        return 64 if large else 16
+    return 32 if dtype == torch.float32 and weights < 1 << 20 else 64
+
+
 def lut_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -83,8 +97,9 @@ def lut_linear(
 ) -> torch.Tensor:
     """y (M, N) = x . W^T + bias, summed in float32 and rounded once to x's dtype.
 
-    A token's result is the same bits whatever M and the number of threads. For M above 32 the weights are decoded again
-    every 32 tokens; some way above that, `dequantize` and a dense matmul are faster.
+    Results are the same bits for any number of threads. A token's result does not depend on what else is in its batch,
+    except that batches of more than 8 tokens round at other places than smaller ones. For M above 64 the weights are
+    decoded again every 64 tokens.
 
     Args:
         x: (M, K) float32, float16 or bfloat16. weight: uint8 (N, row_bytes). scales: (N, ceil(K / group_size)).
@@ -98,13 +113,13 @@ def lut_linear(
     y = x.new_empty(m, n)
     if m == 0 or n == 0:
         return y
-    strips = _strips(x)
-    wide = None if bias is None else bias.float().contiguous()
-    weight, scales, values = weight.contiguous(), scales.contiguous(), table.float().contiguous()
+    x, weight, scales, table = x.contiguous(), weight.contiguous(), scales.contiguous(), table.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    strips = torch.empty(m * -(-k // _STRIP) * _STRIP, dtype=torch.float32)
     _library().flute_cpu_linear(
-        y.data_ptr(), strips.data_ptr(), weight.data_ptr(), scales.data_ptr(), values.data_ptr(),
-        None if wide is None else wide.data_ptr(), m, n, k, group_size, bits, vector_size, _DTYPES[scales.dtype],
-        torch.get_num_threads(), _openmp(), portable,
+        y.data_ptr(), x.data_ptr(), strips.data_ptr(), weight.data_ptr(), scales.data_ptr(), table.data_ptr(),
+        None if bias is None else bias.data_ptr(), m, n, k, group_size, bits, vector_size, _DTYPES[scales.dtype],
+        torch.get_num_threads(), _openmp(), _set(),
     )  # fmt: skip
     return y
 
@@ -126,19 +141,12 @@ def dequantize(
     n = weight.shape[0]
     dense = scales.new_empty(n, in_features)
     if dense.numel():
-        weight, scales, values = weight.contiguous(), scales.contiguous(), table.float().contiguous()
+        weight, scales, table = weight.contiguous(), scales.contiguous(), table.contiguous()
         _library().flute_cpu_dequantize(
-            dense.data_ptr(), weight.data_ptr(), scales.data_ptr(), values.data_ptr(), n, in_features, group_size,
-            bits, vector_size, _DTYPES[scales.dtype], torch.get_num_threads(), _openmp(), portable,
+            dense.data_ptr(), weight.data_ptr(), scales.data_ptr(), table.data_ptr(), n, in_features, group_size,
+            bits, vector_size, _DTYPES[scales.dtype], torch.get_num_threads(), _openmp(), _set(),
         )  # fmt: skip
     return dense
-
-
-def _strips(x: torch.Tensor) -> torch.Tensor:
-    """x (M, K) -> float32 (ceil(K / 256), M, 256), zero beyond K: what a strip of weights meets lies together."""
-    m, k = x.shape
-    wide = torch.nn.functional.pad(x.float(), (0, -k % _STRIP))
-    return wide.view(m, -1, _STRIP).transpose(0, 1).contiguous()
 
 
 def _library() -> ctypes.CDLL:
@@ -146,6 +154,21 @@ def _library() -> ctypes.CDLL:
         raise CompileError(build_hint())
     assert _loaded is not None
     return _loaded
+
+
+@cache
+def best() -> int:
+    """The best set of instructions that the kernel has code for here: 0 plain C, 1 AVX2 or NEON, 2 AVX-512."""
+    return _library().flute_cpu_best()
+
+
+def _set() -> int:
+    return best() if instructions is None else instructions
+
+
+@cache
+def _multiplies_bfloat16() -> bool:
+    return bool(_library().flute_cpu_multiplies_bfloat16())
 
 
 @cache

@@ -25,7 +25,6 @@ from ..spec import QuantSpec, whole_group
 from . import cpu, cuda, direct, layout, reference
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_CPU_KERNEL_TOKENS = 32  # as many as the C kernel decodes a weight for once
 
 _library = torch.library.Library("flute", "DEF")
 _library.define(
@@ -160,12 +159,9 @@ def _lut_linear_cpu(
     flat = x.reshape(-1, k).contiguous()  # torch's matmul may round otherwise for other strides
     if flat.shape[0] == 0:
         return x.new_empty(*x.shape[:-1], out_features)
-    if flat.shape[0] <= _CPU_KERNEL_TOKENS and cpu.available():
+    if cpu.available() and flat.shape[0] <= cpu.most_tokens(x.dtype, out_features * k):
         group = whole_group(group_size, k)
-        y = cpu.lut_linear(
-            flat, weight.contiguous(), scales.contiguous(), table.contiguous(), bias,
-            bits=bits, group_size=group, vector_size=table.dim(),
-        )  # fmt: skip
+        y = cpu.lut_linear(flat, weight, scales, table, bias, bits=bits, group_size=group, vector_size=table.dim())
     else:
         y = _dense_path(flat, weight, scales, table, bias, out_features, bits, group_size)
     return y.view(*x.shape[:-1], out_features)
