@@ -1,4 +1,4 @@
-"""What takes many launches or much memory on a real GPU: thousands of launches at once, huge M, more than 2^31 weights."""
+"""What takes many launches or much memory on a real GPU: thousands at once, huge M, more than 2^31 weights."""
 
 from functools import partial
 
