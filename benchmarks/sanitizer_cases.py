@@ -6,7 +6,8 @@
 cuda-bindings probes the driver for functions it may lack, which memcheck reports: add --report-api-errors no.
 Without torch's caching allocator every tensor is an allocation of its own: a read past its end is seen. Plans are
 forced, one of every kind: alone, sharing K among warps, among blocks of a cluster, both, and several passes. At 130
-tokens only the matmul kernel has plans.
+tokens only the matmul kernel has plans. ``--grouped`` runs stacks of experts instead, empty ones among them, with more
+tiles than blocks.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 
 from flute.bench.correctness import Case, Problem, relative
 from flute.hadamard import transform
-from flute.kernels import cuda, plan, tiles
+from flute.kernels import cuda, plan, stacked, tiles
 from flute.kernels.hadamard import hadamard
 from flute.kernels.layout import pack_scales, pack_weight
 from flute.spec import QuantSpec
@@ -49,12 +50,38 @@ def rotations() -> int:
     return len(cases)
 
 
+def grouped() -> int:
+    """A stack of five weights, with every width of tile and K whole and shared; returns the launches."""
+    n, k, experts, launches = 1100, 640, 5, 0
+    for bits, group in ((4, 64), (3, 32), (2, -1)):
+        spec = QuantSpec(bits, group, "custom")
+        parts = [Problem(Case(n, k, spec, torch.float16, seed=seed)) for seed in range(experts)]
+        given = [torch.stack([part.given[i] for part in parts]) for i in (0, 1)]
+        for ends in ([0, 3, 3, 8, 9], [70, 71, 71, 130, 130]):
+            x, table = torch.randn(ends[-1], k, device="cuda").half(), parts[0].table
+            offsets, best = torch.tensor(ends, dtype=torch.int32, device="cuda"), {}
+            found = tiles.candidates_grouped(cuda.gpu(0), ends[-1], experts, n, k, bits, spec.group(k))
+            for one in sorted(found, key=lambda one: one.cycles):
+                best.setdefault((one.tokens, one.ways > 1), one)
+            for forced in best.values():
+                y = stacked.lut_grouped_linear(x, *given, table, None, offsets, n, bits, group, forced=forced)
+                assert y is not None
+                for part, begin, end in zip(parts, [0, *ends], ends, strict=False):
+                    part.table = table
+                    assert begin == end or relative(y[begin:end], part.exact(x[begin:end])) < 1e-3, forced
+                launches += 1
+    return launches
+
+
 def main() -> None:
     """Run all cases and check their answers too."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one shape only: racecheck is slow")
-    launches = rotations()
-    for n, k in SHAPES[:1] if parser.parse_args().quick else SHAPES:
+    parser.add_argument("--grouped", action="store_true", help="stacks of experts only")
+    arguments = parser.parse_args()
+    shapes = [] if arguments.grouped else SHAPES[:1] if arguments.quick else SHAPES
+    launches = grouped() if arguments.grouped else rotations()
+    for n, k in shapes:
         for bits in (2, 3, 4):
             for group, vector in ((32, 1), (64, 1), (128, 2 if k % 2 == 0 else 1), (-1, 1)):
                 dtype = torch.bfloat16 if group == 64 else torch.float16

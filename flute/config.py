@@ -6,7 +6,8 @@
      "bits": 4, "group_size": 64, "table": "nf4", "vector_size": 1,     the spec of every layer,
      "overrides": {"model.layers.0.mlp.down_proj": {"bits": 3}},        except these, which change some of its fields,
      "modules_to_not_convert": ["lm_head"],                             and these, which stay dense
-     "lm_head": false}                                                  whether the output head is quantized too
+     "lm_head": false,                                                  whether the output head is quantized too,
+     "experts": true}                                                   and stacked experts (left out if not)
 
 A pattern names modules in one of three ways, and never by prefix (``model.layers.1`` is not ``model.layers.10``)::
 
@@ -34,7 +35,7 @@ QUANT_METHOD = "flute"
 FORMAT_VERSION = 1
 _SPEC_KEYS = tuple(f.name for f in fields(QuantSpec))
 _REQUIRED = ("quant_method", "format_version", "bits", "group_size", "table")
-_KEYS = (*_REQUIRED, "vector_size", "overrides", "modules_to_not_convert", "lm_head")
+_KEYS = (*_REQUIRED, "vector_size", "overrides", "modules_to_not_convert", "lm_head", "experts")
 _UPSTREAM_KEYS = ("num_bits", "num_sms_packed", "num_sms", "example_batch_size")
 
 
@@ -81,6 +82,7 @@ class ModelSpec:
         overrides: pattern -> the fields of ``spec`` to change for the modules it names.
         modules_to_not_convert: patterns of modules left dense; they win over overrides.
         lm_head: whether the output head is quantized too.
+        experts: whether the stacked weights of mixtures of experts are quantized too.
 
     Raises:
         SpecError: a value breaks a rule; the line names the pattern.
@@ -90,12 +92,14 @@ class ModelSpec:
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     modules_to_not_convert: tuple[str, ...] = ()
     lm_head: bool = False
+    experts: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.spec, QuantSpec):
             raise SpecError(f"spec is a {type(self.spec).__name__}; give a QuantSpec")
-        if type(self.lm_head) is not bool:
-            raise SpecError(f"lm_head={self.lm_head!r} is not true or false")
+        for name in ("lm_head", "experts"):
+            if type(getattr(self, name)) is not bool:
+                raise SpecError(f"{name}={getattr(self, name)!r} is not true or false")
         if not isinstance(self.modules_to_not_convert, (list, tuple)):  # a plain str would be taken letter by letter
             raise SpecError(f"modules_to_not_convert={self.modules_to_not_convert!r} is not a list of module names")
         for pattern in self.modules_to_not_convert:
@@ -155,19 +159,20 @@ class ModelSpec:
             raise SpecError(f"overrides {', '.join(map(repr, hits))} all match {name!r} and disagree; name it exactly")
         return found.pop() if found else self.spec
 
-    def resolved(self, quantized: Mapping[str, QuantSpec], dense: Iterable[str]) -> ModelSpec:
+    def resolved(self, quantized: Mapping[str, QuantSpec], dense: Iterable[str], *, experts: bool = False) -> ModelSpec:
         """The same with exact names only, as a checkpoint holds it.
 
         Args:
             quantized: spec of every module that was quantized, by exact name.
             dense: exact names of every linear module that was not.
+            experts: whether there are stacked experts among ``quantized``.
         """
         default = self.spec.to_dict()
         overrides = {}
         for name, spec in quantized.items():
             if spec != self.spec:
                 overrides[name] = {key: value for key, value in spec.to_dict().items() if value != default[key]}
-        return ModelSpec(self.spec, overrides, tuple(dense), self.lm_head)
+        return ModelSpec(self.spec, overrides, tuple(dense), self.lm_head, experts)
 
     # ---- JSON ------------------------------------------------------------------------------------------------------
 
@@ -180,6 +185,7 @@ class ModelSpec:
             "overrides": {pattern: dict(changes) for pattern, changes in self.overrides.items()},
             "modules_to_not_convert": list(self.modules_to_not_convert),
             "lm_head": self.lm_head,
+            **({"experts": True} if self.experts else {}),  # without them, older versions can read it
         }
 
     @classmethod
@@ -215,4 +221,5 @@ class ModelSpec:
             values.get("overrides", {}),
             values.get("modules_to_not_convert", ()),
             values.get("lm_head", False),
+            values.get("experts", False),
         )

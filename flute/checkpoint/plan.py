@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,9 @@ import torch
 from ..config import ModelSpec
 from ..errors import CheckpointError
 from ..spec import CUSTOM_TABLE, QuantSpec
-from .architecture import Architecture
+from .architecture import Architecture, TensorNames, tensor_names
 from .files import CONFIG, inside, read_json, refuse
-from .shards import DTYPES, SINGLE, TensorInfo, info, read_headers
+from .shards import DTYPES, SINGLE, TensorInfo, info, joined, read_headers
 
 _COPIED = (".json", ".txt", ".model", ".jinja")
 _COPIED_NAMES = ("LICENSE", "NOTICE")
@@ -36,13 +37,23 @@ _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer to quantize: name in the model, spec, (N, K), source tensor, and its prefix in the output."""
+    """A tensor to quantize: its layer's name and spec, its shape (..., N, K), its name on disk, and what it becomes.
+
+    Of a stack of experts this is one of the tensors that make it up, often one matrix of one expert; the stack's table
+    is written with the first.
+    """
 
     name: str
     spec: QuantSpec
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     source: str
-    prefix: str
+    made: TensorNames
+    first: bool = True
+
+    @property
+    def weights(self) -> int:
+        """How many it has."""
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -74,7 +85,7 @@ class Plan:
     @property
     def weights(self) -> int:
         """Weights to quantize."""
-        return sum(layer.shape[0] * layer.shape[1] for layers in self.layers.values() for layer in layers)
+        return sum(layer.weights for layers in self.layers.values() for layer in layers)
 
     @property
     def nbytes(self) -> int:
@@ -120,16 +131,17 @@ def make_plan(source: Path, architecture: Architecture, record: ModelSpec) -> Pl
     tensors = {name: entry for name, entry in headers.items() if name not in _replaced(layers)}
     by_file: dict[str, list[Layer]] = {}
     for layer in layers:
-        layer.spec.check_layer(layer.name, *layer.shape)
+        layer.spec.check_layer(layer.name, *layer.shape[-2:])
         file = headers[layer.source].file
         by_file.setdefault(file, []).append(layer)
-        rows, width = layer.shape
-        tensors[f"{layer.prefix}.weight"] = info(torch.uint8, (rows, layer.spec.row_bytes(width)), file)
-        tensors[f"{layer.prefix}.scales"] = info(dtype, (rows, layer.spec.num_groups(width)), file)
-        if layer.spec.table == CUSTOM_TABLE:
-            tensors[f"{layer.prefix}.table"] = info(dtype, layer.spec.table_shape, file)
-    resolved = record.resolved(architecture.specs, architecture.dense_linears)
-    untied = any(layer.source != f"{layer.prefix}.weight" for layer in layers)
+        *rows, width = layer.shape
+        tensors[layer.made.codes] = info(torch.uint8, (*rows, layer.spec.row_bytes(width)), file)
+        tensors[layer.made.scales] = info(dtype, (*rows, layer.spec.num_groups(width)), file)
+        if layer.spec.table == CUSTOM_TABLE and layer.first:
+            tensors[layer.made.table] = info(dtype, layer.spec.table_shape, file)
+    stacked = any(len(shape) > 2 for shape in architecture.linears.values())
+    resolved = record.resolved(architecture.specs, architecture.dense_linears, experts=stacked)
+    untied = any(layer.source != layer.made.codes for layer in layers)
     made = _made_config(config, resolved, dtype, untied=untied)
     return Plan(source, headers, by_file, tensors, dtype, made, _small_files(source))
 
@@ -150,25 +162,43 @@ def dense_config(source: Path) -> dict[str, Any]:
 
 def _find_layers(headers: Mapping[str, TensorInfo], architecture: Architecture) -> tuple[list[Layer], list[str]]:
     """The layers in the order of their shards, and what is wrong with them."""
-    on_disk = {architecture.rename(name)[0]: name for name in headers}
+    on_disk: dict[str, list[str]] = {}
+    for name in headers:
+        on_disk.setdefault(architecture.rename(name)[0], []).append(name)
     layers, problems = [], []
     for name, shape in architecture.linears.items():
-        weight = f"{name}.weight"
-        source = on_disk.get(weight) or on_disk.get(architecture.tied.get(weight, ""))
-        if source is None:
+        weight = architecture.names(name).codes
+        sources = on_disk.get(weight) or on_disk.get(architecture.tied.get(weight, ""))
+        if sources is None:
             problems.append(f"layer {name!r} has no tensor {weight!r}")
             continue
-        found = headers[source]
+        found = joined([headers[source] for source in sources], shape)
         if found.shape != shape or found.dtype not in _SOURCE_DTYPES:
-            problems.append(f"layer {name!r}: {source!r} is {found.dtype} {found.shape}, expected floats {shape}")
-        # the name on disk may differ from the model's (a prefix, say); what loads the one loads the other
-        prefix = source.removesuffix(".weight") if on_disk.get(weight) else name
-        layers.append(Layer(name, architecture.specs[name], shape, source, prefix))
+            problems.append(f"layer {name!r}: {sources[0]!r} is {found.dtype} {found.shape}, expected floats {shape}")
+            continue
+        for source in sources:
+            made = _made_names(architecture, name, source if on_disk.get(weight) else weight)
+            layers.append(
+                Layer(name, architecture.specs[name], headers[source].shape, source, made, source == sources[0])
+            )
     return sorted(layers, key=lambda layer: headers[layer.source].file), problems
 
 
+def _made_names(architecture: Architecture, name: str, source: str) -> TensorNames:
+    """What a source tensor of a layer becomes, by names that the loader takes for what they are.
+
+    The name on disk may differ from the model's (a prefix, say); what loads the one loads the other. Experts' scales
+    lie beside their matrix, if there is one for each, else they have the model's name.
+    """
+    own, shape = architecture.names(name), architecture.linears[name]
+    if len(shape) == 2 or not source.endswith(".weight"):
+        return tensor_names(source.removesuffix(".weight"), shape)
+    scales = source.removesuffix(".weight") + ".scales"
+    return TensorNames(source, scales if architecture.rename(scales)[0] == own.scales else own.scales, own.table)
+
+
 def _replaced(layers: list[Layer]) -> set[str]:
-    return {layer.source for layer in layers if layer.source == f"{layer.prefix}.weight"}
+    return {layer.source for layer in layers if layer.source == layer.made.codes}
 
 
 def _model_dtype(config: Mapping[str, Any], found: list[str]) -> torch.dtype:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -43,6 +43,14 @@ class TensorInfo(NamedTuple):
     def nbytes(self) -> int:
         """Bytes of the tensor."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+def joined(parts: Sequence[TensorInfo], shape: tuple[int, ...]) -> TensorInfo:
+    """The header line of the tensor of ``shape`` that the rows of ``parts`` make up; if they do not, the first's."""
+    first = parts[0]
+    alike = all(part.dtype == first.dtype and part.shape[-1:] == shape[-1:] for part in parts)
+    fits = alike and len(parts) > 1 and sum(math.prod(part.shape) for part in parts) == math.prod(shape)
+    return first._replace(shape=shape) if fits else first
 
 
 def info(dtype: torch.dtype, shape: tuple[int, ...], file: str) -> TensorInfo:

@@ -82,7 +82,7 @@ def _make_shard(
     layers = plan.layers.get(path.name, [])
     if path.exists() and read_header(path) == tensors:
         for layer in layers:
-            progress(layer.name, layer.shape[0] * layer.shape[1])
+            progress(layer.name, layer.weights)
         return
     with open_shard(plan.source / path.name) as source, write_shard(path, tensors) as target:
         for name, entry in tensors.items():
@@ -98,11 +98,12 @@ def _write_layer(
     target: ShardWriter, layer: Layer, weight: torch.Tensor, table: torch.Tensor | None, scale: str, dtype: torch.dtype
 ) -> None:
     own = table if layer.spec.table == CUSTOM_TABLE else None
-    made = quantize(weight, layer.spec, table=own, scale=scale, scale_dtype=dtype, name=layer.name)
-    target.write(f"{layer.prefix}.weight", pack_codes(made.codes, layer.spec.code_bits))
-    target.write(f"{layer.prefix}.scales", made.scales)
-    if own is not None:
-        target.write(f"{layer.prefix}.table", resolve_table(layer.spec, own).to(dtype))
+    *lead, width = weight.shape
+    made = quantize(weight.reshape(-1, width), layer.spec, table=own, scale=scale, scale_dtype=dtype, name=layer.name)
+    target.write(layer.made.codes, pack_codes(made.codes, layer.spec.code_bits).view(*lead, -1))
+    target.write(layer.made.scales, made.scales.view(*lead, -1))
+    if own is not None and layer.first:
+        target.write(layer.made.table, resolve_table(layer.spec, own).to(dtype))
 
 
 def _make_small_files(plan: Plan, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,24 +13,29 @@ from ..errors import CheckpointError, SpecError
 from ..spec import CUSTOM_TABLE, QuantSpec
 from .architecture import Architecture
 from .files import CONFIG, inside, read_json, refuse
-from .shards import TensorInfo, read_headers
+from .shards import TensorInfo, joined, read_headers
 
 _FLOATS = ("F16", "BF16", "F32")
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One quantized layer: name, (N, K), spec, bytes on disk (codes, scales, table) and bits per weight."""
+    """One quantized layer: name, (N, K) or (E, N, K), spec, bytes on disk (codes, scales, table), bits per weight."""
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     spec: QuantSpec
     nbytes: int
 
     @property
+    def weights(self) -> int:
+        """How many it has."""
+        return math.prod(self.shape)
+
+    @property
     def bits_per_weight(self) -> float:
         """Real bits per weight."""
-        return 8 * self.nbytes / (self.shape[0] * self.shape[1])
+        return 8 * self.nbytes / self.weights
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ class Report:
     @property
     def quantized_weights(self) -> int:
         """Weights stored as codes."""
-        return sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
+        return sum(layer.weights for layer in self.layers)
 
     @property
     def quantized_bytes(self) -> int:
@@ -107,11 +113,11 @@ def check(folder: Path, record: ModelSpec, architecture: Architecture) -> Report
     Raises:
         CheckpointError: one line with everything that is missing, superfluous, or of the wrong shape or dtype.
     """
-    found: dict[str, TensorInfo] = {}
+    found: dict[str, list[TensorInfo]] = {}
     parts = set()
     for name, entry in read_headers(folder).items():
         target, part = architecture.rename(name)
-        found[target] = entry
+        found.setdefault(target, []).append(entry)
         if part:
             parts.add(target)
     problems: list[str] = []
@@ -123,51 +129,53 @@ def check(folder: Path, record: ModelSpec, architecture: Architecture) -> Report
 
 
 def _check_layer(
-    name: str, architecture: Architecture, found: Mapping[str, TensorInfo], problems: list[str]
+    name: str, architecture: Architecture, found: Mapping[str, list[TensorInfo]], problems: list[str]
 ) -> LayerReport:
-    spec, (rows, width) = architecture.specs[name], architecture.linears[name]
+    spec, whole, names = architecture.specs[name], architecture.linears[name], architecture.names(name)
+    *rows, width = whole
     try:
-        spec.check_layer(name, rows, width)
+        spec.check_layer(name, rows[-1], width)
     except SpecError as error:
         problems.append(str(error))
-        return LayerReport(name, (rows, width), spec, 0)
+        return LayerReport(name, whole, spec, 0)
     wanted: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
-        f"{name}.weight": (("U8",), (rows, spec.row_bytes(width))),
-        f"{name}.scales": (_FLOATS, (rows, spec.num_groups(width))),
+        names.codes: (("U8",), (*rows, spec.row_bytes(width))),
+        names.scales: (_FLOATS, (*rows, spec.num_groups(width))),
     }
     if spec.table == CUSTOM_TABLE:
-        wanted[f"{name}.table"] = (_FLOATS, spec.table_shape)
+        wanted[names.table] = (_FLOATS, spec.table_shape)
     nbytes = 0
     for tensor, (dtypes, shape) in wanted.items():
-        entry = found.get(tensor)
-        if entry is None:
+        if tensor not in found:
             problems.append(f"{tensor} is missing")
-        elif entry.dtype not in dtypes or entry.shape != shape:
+            continue
+        entry = joined(found[tensor], shape)
+        if entry.dtype not in dtypes or entry.shape != shape:
             problems.append(f"{tensor} is {entry.dtype} {entry.shape}, expected {' or '.join(dtypes)} {shape}")
         else:
             nbytes += entry.nbytes
-    return LayerReport(name, (rows, width), spec, nbytes)
+    return LayerReport(name, whole, spec, nbytes)
 
 
 def _check_dense(
-    architecture: Architecture, found: Mapping[str, TensorInfo], parts: set[str], problems: list[str]
+    architecture: Architecture, found: Mapping[str, list[TensorInfo]], parts: set[str], problems: list[str]
 ) -> int:
     """Everything but codes, scales and tables; returns its bytes. Tensors stored in parts are left to the loader."""
-    ours = {f"{name}.{part}" for name in architecture.linears for part in ("weight", "scales")}
-    ours |= {f"{name}.table" for name, spec in architecture.specs.items() if spec.table == CUSTOM_TABLE}
+    ours = {part for name in architecture.linears for part in architecture.names(name)[:2]}
+    ours |= {architecture.names(name).table for name, spec in architecture.specs.items() if spec.table == CUSTOM_TABLE}
     for name, shape in architecture.tensors.items():
         if name in ours or name in parts:
             continue
         if name not in found:
             if not parts and architecture.tied.get(name) not in found:
                 problems.append(f"{name} is missing")
-        elif found[name].shape != shape or found[name].dtype == "U8":
-            problems.append(f"{name} is {found[name].dtype} {found[name].shape}, expected floats {shape}")
+        elif found[name][0].shape != shape or found[name][0].dtype == "U8":
+            problems.append(f"{name} is {found[name][0].dtype} {found[name][0].shape}, expected floats {shape}")
     nbytes = 0
-    for name, entry in found.items():
+    for name, entries in found.items():
         if name in ours:
             continue
-        nbytes += entry.nbytes
+        nbytes += sum(entry.nbytes for entry in entries)
         if name not in architecture.tensors and name not in parts and not architecture.ignored(name):
             problems.append(f"{name} is not part of this model")
     return nbytes

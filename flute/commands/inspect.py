@@ -23,11 +23,11 @@ def inspect(
         print_json(report.to_dict())
         return
     rows = [
-        [layer.name, f"{layer.shape[0]} x {layer.shape[1]}", str(layer.spec), f"{layer.nbytes:,}",
+        [layer.name, " x ".join(map(str, layer.shape)), str(layer.spec), f"{layer.nbytes:,}",
          f"{layer.bits_per_weight:.3f}"]
         for layer in report.layers
     ]  # fmt: skip
-    print_table(["layer", "shape (N x K)", "spec", "bytes", "bits/weight"], rows)
+    print_table(["layer", "shape ((E x) N x K)", "spec", "bytes", "bits/weight"], rows)
     print(
         f"{len(report.layers)} quantized layers: {report.quantized_weights:,} weights, "
         f"{report.quantized_bytes:,} bytes, {report.bits_per_weight:.3f} bits per weight"

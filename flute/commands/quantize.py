@@ -95,7 +95,7 @@ def _run(
 ) -> dict[str, Any]:
     from ..checkpoint import streaming
     from ..checkpoint.plan import make_plan
-    from ..integrations import folders
+    from ..integrations import folders, mixtures
 
     started = time.perf_counter()
     found = folders.find(model)
@@ -103,7 +103,10 @@ def _run(
         note(f"{found.gguf}: unpacked to float16 in memory as a whole first", quiet=quiet)
     output.parent.mkdir(parents=True, exist_ok=True)
     with folders.dense_folder(found, output.parent) as source:
-        plan = make_plan(source, folders.architecture(source, record, check_names=True), record)
+        architecture = folders.architecture(source, record, check_names=True)
+        for line in mixtures.told(architecture.left):
+            note(line)  # also when quiet: 16 bits where fewer were asked for
+        plan = make_plan(source, architecture, record)
         if not plan.weights:
             raise FluteError(f"{model}: no layer is left to quantize; see --skip, and flute inspect for the names")
         with progress_bar(plan.weights, "w", quiet=quiet, scale=True) as bar:
@@ -132,6 +135,7 @@ def _run(
             "source_bytes": sum(entry.nbytes for entry in plan.headers.values()),
             "seconds": time.perf_counter() - started,
             "resumed": resumed,
+            "left_dense": architecture.left,
         }
 
 
@@ -161,7 +165,7 @@ def model_spec(
             bits = int(table[-1]) if table in NAMED_TABLES else 4  # QuantSpec knows what to say about other names
     spec = QuantSpec(bits=bits, group_size=group_size, table=name, vector_size=vector_size)
     changes = dict(parse_override(text) for text in override)
-    return values, ModelSpec(spec, changes, tuple(skip), lm_head)
+    return values, ModelSpec(spec, changes, tuple(skip), lm_head, experts=True)
 
 
 def parse_override(text: str) -> tuple[str, dict[str, Any]]:

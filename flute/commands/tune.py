@@ -116,11 +116,13 @@ def _layers(model: str, specs: list[QuantSpec]) -> tuple[torch.dtype, Iterator[t
         raise FluteError(f"{model}: give --shapes for a GGUF file, or quantize it first")
     own = getattr(AutoConfig.from_pretrained(found.folder, trust_remote_code=False), "dtype", None)
     if folders.is_quantized(found.folder):
-        layers = folders.validate(found.folder).layers
-        every = ((layer.shape, layer.spec) for layer in layers)
+        layers = [(layer.shape, layer.spec) for layer in folders.validate(found.folder).layers]
     else:
         made = [folders.architecture(found.folder, ModelSpec(spec)) for spec in specs]
-        every = ((shape, one.specs[name]) for one in made for name, shape in one.linears.items())
+        layers = [(shape, one.specs[name]) for one in made for name, shape in one.linears.items()]
+    every = (
+        ((shape[0], shape[1]), spec) for shape, spec in layers if len(shape) == 2
+    )  # stacks of experts are not tuned
     return own if own in (torch.float16, torch.bfloat16) else torch.float16, every
 
 

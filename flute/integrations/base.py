@@ -63,6 +63,8 @@ def prepare_model_flute(
     Raises:
         SpecError, QuantizeError, IntegrationError: naming the layer; layers before it are then already quantized.
     """
+    from .mixtures import stacks
+
     spec = nf_spec(num_bits, group_size)
     scales = dict(custom_scales_dict or {})
     for child_name, child in list(module.named_modules()):
@@ -86,6 +88,12 @@ def prepare_model_flute(
         module.set_submodule(child_name, made)
         attach_hook(made, hook)
     fuse(module)
+    for child_name in stacks(module, module.modules()):
+        warnings.warn(
+            f"{name}.{child_name} stays dense: only nn.Linear is quantized here; load the model with FluteConfig to "
+            "quantize experts",
+            stacklevel=2,
+        )
     if scales:
         raise IntegrationError(f"custom_scales_dict has {', '.join(sorted(scales))}: no such linear layer in {name!r}")
 

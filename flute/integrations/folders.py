@@ -17,11 +17,12 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import nn
 
-from ..checkpoint.architecture import Architecture
+from ..checkpoint.architecture import Architecture, tensor_names
 from ..checkpoint.files import CONFIG, inside, read_json
 from ..checkpoint.validate import Report, check, read_record
 from ..config import ModelSpec
 from ..errors import CheckpointError, FluteError, IntegrationError
+from . import mixtures
 from .modules import check_patterns, choose
 
 EMBEDDED = "tiny"
@@ -100,14 +101,15 @@ def architecture(folder: Path, record: ModelSpec, *, check_names: bool = False) 
     choice = choose(model, record)
     tensors = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     mapping = get_model_conversion_mapping(cast(Any, model))
+    mapping += mixtures.scale_converters(mapping)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     prefix = getattr(model, "base_model_prefix", "")
     ignored = [*_OLD_BUFFERS, *_texts(getattr(model, "_keys_to_ignore_on_load_unexpected", None))]
-    shapes = {name: _shape(model.get_submodule(name)) for name in choice.specs}
+    shapes = {name: tensors[name if name in choice.experts else f"{name}.weight"] for name in choice.specs}
     # names of scales and tables are not the dense model's; they go where their weight goes
     known = dict(tensors)
-    known |= {f"{name}.{part}": () for name in shapes for part in ("scales", "table")}
+    known |= {part: () for name, shape in shapes.items() for part in tensor_names(name, shape)[1:]}
 
     def rename(name: str) -> tuple[str, bool]:
         if name in known:
@@ -123,6 +125,7 @@ def architecture(folder: Path, record: ModelSpec, *, check_names: bool = False) 
         tied=dict(getattr(model, "all_tied_weights_keys", {})),
         rename=rename,
         ignored=lambda name: any(re.search(pattern, name) for pattern in ignored),
+        left=choice.left,
     )
 
 
@@ -230,11 +233,6 @@ def _gguf_options(found: Found) -> dict[str, Any]:
     except ImportError:  # older transformers always unpack
         return options
     return {**options, "quantization_config": GgufConfig(dequantize=True)}
-
-
-def _shape(module: nn.Module) -> tuple[int, int]:
-    assert isinstance(module, nn.Linear), "only linear layers are chosen"
-    return module.out_features, module.in_features
 
 
 def _texts(patterns: Iterable[str] | None) -> list[str]:

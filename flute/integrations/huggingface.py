@@ -39,6 +39,7 @@ class FluteConfig(QuantizationConfigMixin):
             globs with ``*``, or ``re:`` and a regular expression (see `flute.config`).
         modules_to_not_convert: patterns of layers left dense.
         lm_head: quantize the output head too. If it shares its weight with the embedding it gets its own.
+        experts: quantize the stacked weights of mixtures of experts too.
         scale: ``"absmax"``, or ``"mse"`` for the scale of least squared error. Only for quantizing.
         fuse: on a GPU, layers that get the same x (q, k, v; gate, up) share one launch (`flute.integrations.fusion`).
             Not written to the checkpoint; what was loaded from one is put apart by ``separate(model)`` from there.
@@ -60,6 +61,7 @@ class FluteConfig(QuantizationConfigMixin):
         overrides: Mapping[str, Any] | None = None,
         modules_to_not_convert: Sequence[str] | None = None,
         lm_head: bool = False,
+        experts: bool = True,
         scale: str = "absmax",
         fuse: bool = True,
         table_values: Any = None,
@@ -74,7 +76,7 @@ class FluteConfig(QuantizationConfigMixin):
             pattern: change.to_dict() if isinstance(change, QuantSpec) else change
             for pattern, change in (overrides or {}).items()
         }
-        self.record = ModelSpec(spec, changes, tuple(modules_to_not_convert or ()), lm_head)
+        self.record = ModelSpec(spec, changes, tuple(modules_to_not_convert or ()), lm_head, experts)
         if scale not in SCALE_METHODS:
             raise SpecError(f"scale={scale!r} is unknown; use one of {', '.join(SCALE_METHODS)}")
         self.scale = scale
@@ -126,6 +128,7 @@ class FluteHfQuantizer(HfQuantizer):
         self._specs: dict[str, QuantSpec] = {}  # what will be LutLinears, by name
         self._waiting: frozenset[str] = frozenset()  # parameters to quantize as they are loaded
         self._tied_head: str | None = None  # an output head to quantize once it has its weight
+        self._experts: frozenset[str] = frozenset()  # those of _specs that are projections of stacked experts
         self._unchecked: tuple[Any, Sequence[str]] | None = None
         self._failures: list[FluteError] = []
 
@@ -164,7 +167,7 @@ class FluteHfQuantizer(HfQuantizer):
     # ---- before the weights ----------------------------------------------------------------------------------------
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        from . import loading, modules
+        from . import loading, mixtures, modules
 
         record = self.quantization_config.record
         if not self.pre_quantized:
@@ -172,8 +175,10 @@ class FluteHfQuantizer(HfQuantizer):
         choice = modules.choose(model, record)
         if not choice.specs:
             raise IntegrationError(f"{type(model).__name__} has no linear layer to quantize under this config")
+        for line in () if self.pre_quantized else mixtures.told(choice.left):
+            warnings.warn(line, stacklevel=2)
         self._check_tables(choice.specs)
-        self._specs = dict(choice.specs)
+        self._specs, self._experts = dict(choice.specs), frozenset(choice.experts)
         head = modules.output_head(model)
         if head in self._specs and f"{head}.weight" in (getattr(model, "all_tied_weights_keys", None) or {}):
             if self.pre_quantized:
@@ -183,13 +188,15 @@ class FluteHfQuantizer(HfQuantizer):
                 )
             self._tied_head = head
         placed = {name: spec for name, spec in self._specs.items() if name != self._tied_head}
+        experts = {name: placed.pop(name) for name in choice.experts}
         loading.swap_linears(model, placed, pre_quantized=self.pre_quantized)
+        mixtures.swap(model, experts, pre_quantized=self.pre_quantized)
         if self.pre_quantized:
             self._unchecked = (model, kwargs.get("checkpoint_files") or ())
         else:
-            self._waiting = frozenset(f"{name}.weight" for name in placed)
+            self._waiting = frozenset([*experts, *(f"{name}.weight" for name in placed)])
             # a new config: the caller's own still has its patterns and may serve for another model
-            resolved = FluteConfig.of(record.resolved(self._specs, choice.dense))
+            resolved = FluteConfig.of(record.resolved(self._specs, choice.dense, experts=bool(experts)))
             given = self.quantization_config
             resolved.scale, resolved.table_values, resolved.fuse = given.scale, given.table_values, given.fuse
             self.quantization_config = resolved
@@ -212,6 +219,10 @@ class FluteHfQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: Any, *args: Any) -> Any:
         """The first moment at which the loader's renamings are known: check the files, before memory is allocated."""
         conversions = super().update_weight_conversions(weight_conversions, *args)
+        if self.pre_quantized and self._experts:
+            from . import mixtures
+
+            conversions = [*conversions, *mixtures.scale_converters(conversions)]
         if self._unchecked is not None:
             from . import loading
 
@@ -236,17 +247,24 @@ class FluteHfQuantizer(HfQuantizer):
     # ---- after the weights -----------------------------------------------------------------------------------------
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from ..experts import LutExperts
         from ..linear import LutLinear
-        from . import fusion, loading
+        from . import fusion, loading, mixtures
 
         if self._failures:
             raise self._failures[0]
         if self._tied_head is not None:
             self._quantize_tied_head(model, self._tied_head)
-        for name in self._specs:
+        for name in self._specs.keys() - self._experts:
             layer = model.get_submodule(name)
             assert isinstance(layer, LutLinear)
             loading.finish_layer(name, layer)
+        for name in {mixtures.owner(projection)[0] for projection in self._experts}:
+            experts = model.get_submodule(name)
+            assert isinstance(experts, LutExperts)
+            mixtures.finish(name, experts)
+        if self._experts and not self.pre_quantized:  # what saving cuts apart, it cuts with the scales
+            model._weight_conversions += mixtures.scale_converters(model._weight_conversions)
         if self.quantization_config.fuse:
             fusion.fuse(model)
         return model
@@ -272,16 +290,18 @@ class FluteHfQuantizer(HfQuantizer):
         model.all_tied_weights_keys.pop(f"{name}.weight", None)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        """``model.dequantize()``: every LutLinear becomes the nn.Linear it stands for."""
+        """``model.dequantize()``: every LutLinear and LutExperts becomes the dense module it stands for."""
+        from ..experts import LutExperts
         from ..linear import LutLinear
         from .hooks import attach_hook, release_hook
         from .loading import dense_linear
+        from .mixtures import dense_experts
 
-        for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, LutLinear)]:
+        for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, (LutLinear, LutExperts))]:
             hook = release_hook(name, layer)
-            linear = dense_linear(layer, dtype)
-            model.set_submodule(name, linear)
-            attach_hook(linear, hook)
+            dense = dense_linear(layer, dtype) if isinstance(layer, LutLinear) else dense_experts(layer, dtype)
+            model.set_submodule(name, dense)
+            attach_hook(dense, hook)
         return model
 
 

@@ -26,13 +26,15 @@ from torch.distributed.tensor import DTensor
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
 
 from ..checkpoint.files import refuse
-from ..checkpoint.shards import TensorInfo, read_header
+from ..checkpoint.shards import TensorInfo, joined, read_header
 from ..errors import CheckpointError, FluteError, IntegrationError
+from ..experts import LutExperts
 from ..linear import LutLinear
 from ..packing import pack_codes
 from ..quantize import quantize
 from ..spec import CUSTOM_TABLE, QuantSpec
 from ..tables import named_table, resolve_table
+from . import mixtures
 
 _FLOATS = ("F16", "BF16", "F32")
 
@@ -69,8 +71,10 @@ def check_files(model: Any, files: Sequence[str], conversions: Sequence[Any]) ->
     found = _found_tensors(model, files, conversions)
     problems = []
     for name, module in model.named_modules():
-        if isinstance(module, LutLinear):
+        if isinstance(module, (LutLinear, LutExperts)):
             problems += _layer_problems(name, module, found)
+        elif _dtype(found, f"{name}.{mixtures.PROJECTIONS[0]}") == "U8":
+            problems.append(f"experts {name!r} are quantized, but config.json says they are dense")
         elif isinstance(module, nn.Linear) and (f"{name}.scales" in found or _dtype(found, f"{name}.weight") == "U8"):
             problems.append(f"layer {name!r} is quantized, but config.json says it is dense")
     if not any(isinstance(conversion, WeightConverter) for conversion in conversions):
@@ -79,13 +83,13 @@ def check_files(model: Any, files: Sequence[str], conversions: Sequence[Any]) ->
         refuse(Path(files[0]).parent, problems)
 
 
-def _found_tensors(model: Any, files: Sequence[str], conversions: Sequence[Any]) -> dict[str, TensorInfo]:
-    """Header entries of all files under the names that the loader will give them."""
+def _found_tensors(model: Any, files: Sequence[str], conversions: Sequence[Any]) -> dict[str, list[TensorInfo]]:
+    """Header entries of all files under the names that the loader will give them; of some tensors files hold parts."""
     ours = copy.deepcopy(list(conversions))  # renaming leaves marks that are the loader's to make
     renamings = [entry for entry in ours if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in ours if isinstance(entry, WeightConverter)]
     expected = model.state_dict()
-    found = {}
+    found: dict[str, list[TensorInfo]] = {}
     for file in files:
         if not file.endswith(".safetensors"):
             raise CheckpointError(f"{file} is no safetensors file; flute reads quantized weights from safetensors only")
@@ -93,35 +97,41 @@ def _found_tensors(model: Any, files: Sequence[str], conversions: Sequence[Any])
             name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, expected)
             if name not in expected and key in expected:
                 name, _ = rename_source_key(key, [], [], model.base_model_prefix, expected)
-            found[name] = entry
+            found.setdefault(name, []).append(entry)
     return found
 
 
-def _dtype(found: Mapping[str, TensorInfo], name: str) -> str | None:
-    return found[name].dtype if name in found else None
+def _dtype(found: Mapping[str, list[TensorInfo]], name: str) -> str | None:
+    return found[name][0].dtype if name in found else None
 
 
-def _layer_problems(name: str, layer: LutLinear, found: Mapping[str, TensorInfo]) -> list[str]:
+def _layer_problems(name: str, layer: LutLinear | LutExperts, found: Mapping[str, list[TensorInfo]]) -> list[str]:
     problems = []
     for part, tensor in layer.state_dict().items():
-        key, allowed = f"{name}.{part}", ("U8",) if part == "weight" else _FLOATS
-        entry = found.get(key)
-        if entry is None:
+        key, allowed, shape = f"{name}.{part}", ("U8",) if tensor.dtype == torch.uint8 else _FLOATS, tuple(tensor.shape)
+        if key not in found:
             problems.append(f"tensor {key!r} is missing")
-        elif entry.dtype not in allowed or tuple(entry.shape) != tuple(tensor.shape):
-            rule = f"{tuple(tensor.shape)} of {' or '.join(allowed)} for {layer.spec}"
+            continue
+        entry = joined(found[key], shape)
+        if entry.dtype not in allowed or entry.shape != shape:
+            spec = layer.spec if isinstance(layer, LutLinear) else layer.specs[part.rpartition("_")[0]]
+            rule = f"{shape} of {' or '.join(allowed)} for {spec}"
             problems.append(f"tensor {key!r} in {entry.file} is {tuple(entry.shape)} of {entry.dtype}, not {rule}")
     return problems
 
 
-def _lost_parameters(model: Any, found: Mapping[str, TensorInfo]) -> list[str]:
+def _lost_parameters(model: Any, found: Mapping[str, list[TensorInfo]]) -> list[str]:
     """Missing dense tensors. transformers would draw them at random, which is right for a new head and nothing else."""
     saved_from_this = type(model).__name__ in (model.config.architectures or ())
     base = model if saved_from_this else getattr(model, model.base_model_prefix, model)
     prefix = "" if base is model else f"{model.base_model_prefix}."
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     ignored = re.compile("|".join(model._keys_to_ignore_on_load_missing or ()) or r"(?!)")
-    names = [prefix + name for name, _ in base.named_parameters() if not isinstance(_owner(base, name), LutLinear)]
+    names = [
+        prefix + name
+        for name, _ in base.named_parameters()
+        if not isinstance(_owner(base, name), (LutLinear, LutExperts))
+    ]
     return [f"tensor {n!r} is missing" for n in names if n not in found and n not in tied and not ignored.search(n)]
 
 
@@ -155,16 +165,18 @@ class Quantize(ConversionOps):
         (value,) = input_dict.values()
         dense = value[0] if isinstance(value, list) else value
         name = full_layer_name.removesuffix(".weight")
-        layer = model.get_submodule(name)
-        assert isinstance(layer, LutLinear)
+        module, _, parameter = full_layer_name.rpartition(".")
+        layer: Any = model.get_submodule(module)
         try:
-            if not self.failures:
+            if not self.failures and isinstance(layer, LutExperts):
+                self._fill_stack(name, layer, dense)
+            elif not self.failures:
                 self._fill(name, layer, dense)
         except FluteError as error:
             self.failures.append(error)
         if self.failures:
-            layer.weight = nn.Parameter(torch.empty(0, dtype=torch.uint8), requires_grad=False)
-        _mark_loaded(layer.weight)
+            setattr(layer, parameter, nn.Parameter(torch.empty(0, dtype=torch.uint8), requires_grad=False))
+        _mark_loaded(getattr(layer, parameter))
         if missing_keys is not None:
             missing_keys.discard(full_layer_name)
         return {}
@@ -184,6 +196,15 @@ class Quantize(ConversionOps):
         layer.register_buffer("table", values, persistent=layer.spec.table == CUSTOM_TABLE)
         if not isinstance(waiting, DTensor):
             layer.arrange()
+
+    def _fill_stack(self, name: str, layer: LutExperts, dense: torch.Tensor) -> None:
+        role = mixtures.owner(name)[1]
+        waiting = getattr(layer, f"{role}_proj")
+        mixtures.refuse_shards(name, waiting)
+        if dense.shape != waiting.shape:
+            raise CheckpointError(f"layer {name!r} is {tuple(dense.shape)}; the model needs {tuple(waiting.shape)}")
+        layer.fill(role, dense, table=self.table, scale=self.scale, name=name)
+        _mark_loaded(getattr(layer, f"{role}_scales"))
 
 
 def _mark_loaded(parameter: torch.Tensor) -> None:

@@ -8,6 +8,10 @@ that is attention and MLP of every architecture. What stays dense, and why:
 * routers of mixtures of experts (``gate``, ``router``, ``shared_expert_gate``) and layers of fewer than 8 outputs:
   their few weights decide where tokens go;
 * what the model itself wants in float32, and subclasses of nn.Linear, whose forward is not known here.
+
+Stacked experts in those stacks are taken too, if `LutExperts` can stand for them (see `mixtures`); their two
+projections are layers by the names of the parameters (``model.layers.0.mlp.experts.down_proj``), and are quantized both
+or neither.
 """
 
 from __future__ import annotations
@@ -26,10 +30,17 @@ _FEW_OUTPUTS = 8
 
 
 class Choice(NamedTuple):
-    """``specs``: spec of every layer to quantize, by name. ``dense``: names of every other linear layer."""
+    """What is quantized.
+
+    ``specs``: spec of every layer to quantize, by name. ``dense``: names of every other linear layer and stack.
+    ``experts``: those of ``specs`` that are projections of stacked experts. ``left``: stacks that have to stay dense,
+    and why.
+    """
 
     specs: dict[str, QuantSpec]
     dense: tuple[str, ...]
+    experts: tuple[str, ...] = ()
+    left: dict[str, str] = {}  # noqa: RUF012  (never changed)
 
 
 def output_head(model: nn.Module) -> str | None:
@@ -79,7 +90,45 @@ def choose(model: nn.Module, record: ModelSpec) -> Choice:
             assert isinstance(linear, nn.Linear)
             spec.check_layer(name, linear.out_features, linear.in_features)
             specs[name] = spec
-    return Choice(specs, tuple(name for name in _linears(model) if name not in specs))
+    dense = [name for name in _linears(model) if name not in specs]
+    experts: dict[str, QuantSpec] = {}
+    left = {}
+    for name, obstacle in expert_stacks(model).items() if record.experts else ():
+        found = {} if obstacle else _expert_specs(model, name, record)
+        experts |= found
+        dense += [] if found else [name]
+        if obstacle and not record.is_dense(name, *aliases(model, name)):
+            left[name] = obstacle
+    return Choice(specs | experts, tuple(dense), tuple(experts), left)
+
+
+def expert_stacks(model: nn.Module) -> dict[str, str]:
+    """Modules of the decoder with stacked weights, and why they have to stay dense if they have to; see `mixtures`."""
+    from . import mixtures
+
+    decoder, kept = _decoder(model), _kept_in_float32(model)
+    inside = [module for stack in decoder.modules() if isinstance(stack, nn.ModuleList) for module in stack.modules()]
+    found = mixtures.stacks(model, inside)
+    return {
+        name: "the model wants it in float32" if kept & set(name.split(".")) else why for name, why in found.items()
+    }
+
+
+def _expert_specs(model: nn.Module, name: str, record: ModelSpec) -> dict[str, QuantSpec]:
+    """Specs of both projections of one experts module, none if they stay dense."""
+    found = {}
+    for projection, weight in model.get_submodule(name).named_parameters():
+        full = f"{name}.{projection}"
+        spec = record.spec_for(full, *aliases(model, full), name, *aliases(model, name))
+        if spec is not None:
+            spec.check_layer(full, *weight.shape[1:])
+            found[full] = spec
+    if len(found) == 1:
+        raise SpecError(
+            f"modules_to_not_convert leaves one projection of {name!r} dense and not the other ({next(iter(found))}); "
+            f"experts are quantized whole, name {name!r}"
+        )
+    return found
 
 
 def check_patterns(model: nn.Module, record: ModelSpec) -> None:
@@ -88,7 +137,10 @@ def check_patterns(model: nn.Module, record: ModelSpec) -> None:
     Raises:
         SpecError: naming the pattern.
     """
-    names = [alias for name in _linears(model) for alias in (name, *aliases(model, name))]
+    stacks = expert_stacks(model)
+    projections = [f"{stack}.{name}" for stack in stacks for name, _ in model.get_submodule(stack).named_parameters()]
+    known = [*_linears(model), *stacks, *projections]
+    names = [alias for name in known for alias in (name, *aliases(model, name))]
     for field, patterns in (("modules_to_not_convert", record.modules_to_not_convert), ("overrides", record.overrides)):
         for pattern in patterns:
             if not any(matches(pattern, name) for name in names):

@@ -363,7 +363,7 @@ def _prepare_matmul(problem: _Problem, chosen: tiles.Tiling) -> _Prepared:
         chosen,
         _kernel(device, "matmul.cu", chosen.macros(bits, bf16), "lut_matmul"),
         _config((chosen.blocks // split, 1), chosen.threads, chosen.shared_bytes, split, True),
-        (m, n, k, -(-k // group), _group_magic(group, k), split, -(-(1 << 32) // split), chosen.span),
+        (m, n, k, -(-k // group), _group_magic(group, k), split, -(-(1 << 32) // split), chosen.span, 0, 0),
     )
 
 

@@ -72,7 +72,8 @@ def source(file: str, macros: dict[str, int]) -> str:
     if "BITS" in macros:
         head += [layout.device_header(macros["BITS"]), (folder / "common.cuh").read_text()]
     if "TOKENS" in macros:
-        head.append(wgmma.device_header(macros["TOKENS"], bool(macros["BF16"])))
+        wide = wgmma.device_header(macros["TOKENS"], bool(macros["BF16"]))
+        head += [wide, (folder / "work.cuh").read_text()]
     if "FACTOR" in macros:
         head.append(walsh.device_header(macros["FACTOR"]))
     return "\n".join([*head, (folder / file).read_text()])

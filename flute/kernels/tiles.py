@@ -8,6 +8,10 @@ What a tiling decides:
   SMs busy.
 * ``per_sm``: blocks that fit an SM together. With two, the next launch asks for its weights while this one computes.
 * ``boxes`` and ``stages``: lengths of the rings of x and of codes.
+
+For a stack of ``experts`` matrices only the sum M of all experts' tokens is known at launch. The estimate then takes
+them as spread evenly, by chance; the kernel takes any. Blocks are persistent and one to an SM: which of them have work
+is not known either, and two to an SM would gather on a few SMs.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from .plan import CLUSTER_SIZES, MAX_IN_FEATURES, Gpu, group_block, soft_max, ta
 _TOKENS = (16, 32, 48, 64, 96, 128, 192, 256)
 FEWEST_TOKENS = 8  # up to here the decode kernel was never behind
 _SHAPES = ((1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (2, 2), (1, 3), (1, 4))  # (rows, ways)
+_NEXT_TILE = 4000  # cycles from an expert's tile to the next, chosen by benchmarks/results/grouped_sweep_h100.csv
 _FLIGHT_BYTES = 48 * 1024  # codes on their way per SM: deeper rings only make the first chunk wait for all the others
 
 
@@ -42,6 +47,7 @@ class Tiling:
     cycles: float
     wide: bool
     span: int
+    experts: int = 0
 
     @property
     def threads(self) -> int:
@@ -69,6 +75,7 @@ class Tiling:
             ("X_BOXES", self.boxes),
             ("CODE_STAGES", self.stages),
             ("WIDE_TABLE", int(self.wide)),
+            ("GROUPED", int(self.experts > 0)),
         )
 
 
@@ -97,6 +104,14 @@ def variants() -> list[tuple[int, int, int, int]]:
     ]
 
 
+def _token_tiles(m: int, tokens: int, experts: int) -> int:
+    """Tiles of ``tokens`` tokens among M: of a stack, those to be expected when experts are drawn evenly by chance."""
+    if experts == 0:
+        return ceil(m / tokens)
+    active = experts * (1 - (1 - 1 / experts) ** m)
+    return round(active * max(1.0, m / active / tokens + 0.5))  # an expert's last tile is half full
+
+
 def tiling(
     gpu: Gpu,
     m: int,
@@ -110,15 +125,20 @@ def tiling(
     split: int,
     per_sm: int,
     wide: bool,
+    experts: int = 0,
 ) -> Tiling | None:
-    """The tiling with these numbers, or None where shared memory or the GPU does not allow it."""
+    """The tiling with these numbers, or None where shared memory or the GPU does not allow it; experts 0: no stack."""
     chunks = -(-k // CHUNK_K)
     together = dict(gpu.clusters).get(split, 0)
-    if together == 0 or split * ways > chunks:
+    if together == 0 or split * ways > chunks or (experts and split * per_sm > 1):
         return None
     box = tokens * 128
     slot = 4 * rows * (chunk_bytes(bits) + 32 * (CHUNK_K // block))
-    room = gpu.shared_of(per_sm) - table_bytes(bits, wide) - 320
+    sums = rows * ways * tokens * 256
+    own = 0  # what a stack needs beside the rings: two numbers for each expert, and room for partial sums
+    if experts:
+        own, sums = 16 + 8 * experts + (sums if ways > 1 else 0), 0
+    room = gpu.shared_of(per_sm) - table_bytes(bits, wide) - 320 - own
     stages = max(3, ways + 1, -(-_FLIGHT_BYTES // (slot * per_sm)))
     if tokens == 256:
         stages = 3  # x is what the tensor cores would wait for: it gets all the room
@@ -126,13 +146,16 @@ def tiling(
     if stages < max(2, ways):
         return None
     boxes = min((room - stages * slot) // box, 2 * stages, 12)
-    if boxes < max(3, 2 * ways) or rows * ways * tokens * 256 > boxes * box + stages * slot:
+    if boxes < max(3, 2 * ways) or sums > boxes * box + stages * slot:
         return None
     at_once = (together if split * ways > 1 else gpu.sms) * per_sm
-    span = _span(ceil(n / TILE_ROWS), 4 * rows, ceil(m / tokens), at_once)
-    units = ceil(ceil(n / TILE_ROWS) / span) * ceil(m / tokens)
+    token_tiles = _token_tiles(m, tokens, experts)
+    span = 4 * rows if experts else _span(ceil(n / TILE_ROWS), 4 * rows, token_tiles, at_once)
+    units = ceil(ceil(n / TILE_ROWS) / span) * token_tiles
     blocks = split * units if split * ways > 1 else min(units, gpu.sms * per_sm)
-    shared = table_bytes(bits, wide) + boxes * box + stages * slot + 8 * (2 * boxes + 2 * stages)
+    if experts:  # how many tiles there will be is not known
+        blocks = gpu.sms
+    shared = table_bytes(bits, wide) + boxes * box + stages * slot + 8 * (2 * boxes + 2 * stages) + own
     # The next launch's blocks come as soon as there is room. They must not gather two by two on some SMs: either none
     # fits beside one that runs, or every SM gets one.
     if per_sm == 1:
@@ -142,7 +165,9 @@ def tiling(
     cycles = _cycles(
         gpu, bits, tokens, rows, ways, split, -(-chunks // split), slot, units, at_once, per_sm, span / (4 * rows)
     )
-    return Tiling(tokens, rows, ways, split, per_sm, boxes, stages, block, blocks, shared, cycles, wide, span)
+    if experts:
+        cycles += _NEXT_TILE * -(-units // at_once)
+    return Tiling(tokens, rows, ways, split, per_sm, boxes, stages, block, blocks, shared, cycles, wide, span, experts)
 
 
 def _span(tiles: int, most: int, token_tiles: int, at_once: int) -> int:
@@ -194,3 +219,17 @@ def make(gpu: Gpu, m: int, n: int, k: int, bits: int, group: int) -> Tiling | No
         return None
     found = candidates(gpu, m, n, k, bits, group_block(group, k))
     return min(found, key=lambda one: one.cycles, default=None)
+
+
+def candidates_grouped(gpu: Gpu, m: int, experts: int, n: int, k: int, bits: int, group: int) -> Iterator[Tiling]:
+    """Every tiling for M tokens among a stack of matrices."""
+    for tokens, rows, ways, per_sm in variants():
+        sizes = (gpu, m, n, k, bits, group_block(group, k), tokens, rows, ways, 1, per_sm)
+        yield from [made for wide in (True, False) if (made := tiling(*sizes, wide, experts))][:1]
+
+
+def make_grouped(gpu: Gpu, m: int, experts: int, n: int, k: int, bits: int, group: int) -> Tiling | None:
+    """The tiling to run for M tokens among a stack of matrices, or None as in `make`."""
+    if not gpu.has_wgmma or k > MAX_IN_FEATURES:
+        return None
+    return min(candidates_grouped(gpu, m, experts, n, k, bits, group), key=lambda one: one.cycles, default=None)

@@ -18,8 +18,12 @@
 // and the copying warps run ahead into the next tile while the last one is written. There may be blocks without a tile:
 // they stay until the launch before is over, and so keep the next one's blocks evenly spread.
 //
-// Host macros: BITS, BF16, GROUP_BLOCK, TOKENS, ROWS, WAYS, BLOCKS, X_BOXES, CODE_STAGES; in front of this text lies
-// wgmma() (flute/kernels/wgmma.py).
+// GROUPED, there is a stack of matrices W, and rows of x are sorted by the one (the expert) they belong to (work.cuh). A
+// box of x may run into the next expert's rows: what comes of those is not stored. Blocks are always persistent, and
+// partial sums of ways have room of their own.
+//
+// Host macros: BITS, BF16, GROUP_BLOCK, TOKENS, ROWS, WAYS, BLOCKS, X_BOXES, CODE_STAGES, GROUPED; in front of this text
+// lie work.cuh and wgmma() (flute/kernels/wgmma.py).
 
 constexpr int SCALE_SETS = CHUNK_K / GROUP_BLOCK;
 constexpr int BOX_K = 64, BOX_BYTES = TOKENS * BOX_K * 2, STEPS = CHUNK_K / 16;
@@ -33,9 +37,11 @@ constexpr int FULL_X = 0, EMPTY_X = X_BOXES, FULL_CODES = 2 * X_BOXES, EMPTY_COD
 constexpr int BARRIERS = EMPTY_CODES + CODE_STAGES;
 constexpr int RINGS = TABLE_BYTES, CODES = RINGS + X_BOXES * BOX_BYTES;
 constexpr int BARRIERS_AT = CODES + CODE_STAGES * CODE_BYTES;
-constexpr int TOKEN_BAND = 16;  // token tiles that are walked together, so that x and W both stay in the L2 cache
+// Partial sums: where the rings were, or behind the barriers, and then two numbers for each expert.
+constexpr int SUMS = GROUPED ? BARRIERS_AT + (8 * BARRIERS + 15) / 16 * 16 : RINGS;
+constexpr int EXPERTS_AT = SUMS + (WAYS > 1 ? GROUPS * TOKENS * 256 : 0);
 
-static_assert(GROUPS * TOKENS * 256 <= BARRIERS_AT - RINGS, "partial sums must fit where the rings were");
+static_assert(GROUPED || GROUPS * TOKENS * 256 <= BARRIERS_AT - RINGS, "partial sums must fit where the rings were");
 
 struct __align__(64) TensorMap {
   u64 opaque[16];
@@ -81,25 +87,14 @@ struct Cursor {
     slot += by;
     if (slot >= SLOTS) slot -= SLOTS, phase ^= 1;
   }
-};
-
-// ---- work ------------------------------------------------------------------------------------------------------------
-
-struct Work {
-  int m, n, tiles, span, units, token_tiles, first, count;  // tiles: row tiles of W; units: `span` of them
-  __device__ __forceinline__ int total() const { return units * token_tiles; }
-  // Which rows and tokens tile number `at` has: bands of tokens, and within a band the tokens fastest.
-  __device__ __forceinline__ void locate(int at, int& unit, int& token) const {
-    if (token_tiles == 1) {
-      unit = at, token = 0;
-      return;
-    }
-    int band = at / (TOKEN_BAND * units), rest = at - band * TOKEN_BAND * units;
-    int width = min(TOKEN_BAND, token_tiles - band * TOKEN_BAND);
-    unit = rest / width;
-    token = (band * TOKEN_BAND + rest % width) * TOKENS;
+  __device__ __forceinline__ void rewind(int by) {
+    slot -= by;
+    if (slot < 0) slot += SLOTS, phase ^= 1;
+    else if (slot >= SLOTS) slot -= SLOTS, phase ^= 1;
   }
 };
+
+// ---- copying, and storing ---------------------------------------------------------------------------------------------
 
 // Codes and scales go by the threads' own asynchronous copies: a bulk copy of a kilobyte costs its issuer 70 cycles.
 __device__ __forceinline__ void copy_codes(const Work& work, const u8* weight, const u16* scales, int chunks, int groups,
@@ -109,11 +104,13 @@ __device__ __forceinline__ void copy_codes(const Work& work, const u8* weight, c
   constexpr int REST = 4 * LANE_WORDS - 16, PIECES = TILES * SCALE_SETS * 2, COPY_LANES = 32 * COPY_WARPS;
   Cursor<CODE_STAGES> cursor{0};
   for (int at = begin; at < work.total(); at += stride) {
-    int unit, token;
-    work.locate(at, unit, token);
-    const u8* from = weight + ((u64)unit * work.span * chunks + work.first) * CHUNK_BYTES;
-    const u16* scales_from = scales + (u64)unit * work.span * groups * TILE_ROWS;
-    const int here = min(work.span, work.tiles - unit * work.span);  // warps of other rows work on what lies in the ring
+    Tile tile;
+    work.locate(at, tile);
+    const u8* from = weight + ((u64)tile.unit * work.span * chunks + work.first) * CHUNK_BYTES;
+    const u16* scales_from = scales + (u64)tile.unit * work.span * groups * TILE_ROWS;
+    if (GROUPED) from += (u64)tile.expert * work.tiles * chunks * CHUNK_BYTES;
+    if (GROUPED) scales_from += (u64)tile.expert * work.tiles * groups * TILE_ROWS;
+    const int here = min(work.span, work.tiles - tile.unit * work.span);  // warps of other rows work on what lies in the ring
     u32 offset[PARTS];
 #pragma unroll
     for (int i = 0; i < PARTS; ++i) offset[i] = (i * COPY_WARPS + warp) * chunks * CHUNK_BYTES + lane * 16;
@@ -129,10 +126,10 @@ __device__ __forceinline__ void copy_codes(const Work& work, const u8* weight, c
       }
 #pragma unroll
       for (int i = 0; i < (PIECES + COPY_LANES - 1) / COPY_LANES; ++i) {
-        const int piece = i * COPY_LANES + warp * 32 + lane, tile = piece / (2 * SCALE_SETS);
-        if (tile >= here) break;
+        const int piece = i * COPY_LANES + warp * 32 + lane, row_tile = piece / (2 * SCALE_SETS);
+        if (row_tile >= here) break;
         const int block = chunk * (CHUNK_K / BLOCK_K) + piece / 2 % SCALE_SETS * (GROUP_BLOCK / BLOCK_K);
-        const u32 group = tile * groups + group_of(block, magic, groups);
+        const u32 group = row_tile * groups + group_of(block, magic, groups);
         copy_async<16>(slot + TILES * CHUNK_BYTES + piece * 16, scales_from + group * TILE_ROWS + piece % 2 * 8);
       }
       asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barriers + 8 * (FULL_CODES + cursor.slot))
@@ -145,13 +142,13 @@ __device__ __forceinline__ void copy_x(const Work& work, const TensorMap& map, u
                                        int stride) {
   Cursor<X_BOXES> cursor{0};
   for (int at = begin; at < work.total(); at += stride) {
-    int unit, token;
-    work.locate(at, unit, token);
+    Tile tile;
+    work.locate(at, tile);
     for (int box = 2 * work.first; box < 2 * (work.first + work.count); ++box, cursor.advance(1)) {
       const u32 full = barriers + 8 * (FULL_X + cursor.slot);
       wait_phase(barriers + 8 * (EMPTY_X + cursor.slot), cursor.phase ^ 1);
       expect_bytes(full, BOX_BYTES);
-      copy_box(shared + RINGS + cursor.slot * BOX_BYTES, map, box * BOX_K, token, full);
+      copy_box(shared + RINGS + cursor.slot * BOX_BYTES, map, box * BOX_K, tile.token, full);
     }
   }
 }
@@ -169,14 +166,15 @@ __device__ __forceinline__ u32 narrow_pair(float low, float high) {
 }
 
 // y of rows (row, row + 1) and tokens (token, token + 1), given as wgmma leaves them: {r t, r t+1, r+1 t, r+1 t+1}.
-__device__ __forceinline__ void store(const Work& work, u16* y, const u16* bias, int row, int token, float4 v) {
+__device__ __forceinline__ void store(const Work& work, u16* y, const u16* bias, int row, int token, int end,
+                                      float4 v) {
   if (row >= work.n) return;
   const bool both = row + 1 < work.n;
   const float low = bias ? wide(bias[row]) : 0.0f, high = bias && both ? wide(bias[row + 1]) : 0.0f;
   const u32 pairs[2] = {narrow_pair(v.x + low, v.z + high), narrow_pair(v.y + low, v.w + high)};
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    if (token + i >= work.m) break;
+    if (token + i >= end) break;
     u16* to = y + (u64)(token + i) * work.n + row;
     if (work.n % 2 == 0) {
       *(u32*)to = pairs[i];
@@ -204,17 +202,18 @@ __device__ __forceinline__ void meet_cluster() {
 // Partial sums lie as planes: 8 tokens of one group's 64 rows, 16 bytes a thread. Planes go round the groups of all
 // blocks, and each is added up in the order of blocks and ways.
 __device__ __forceinline__ void add_partial_sums(const Work& work, u16* y, const u16* bias, u32 shared, int rank,
-                                                 int split, int begin, int thread) {
+                                                 int split, int at, int thread) {
   const int lane = thread & 31, warp = thread >> 5;
-  int unit, token;
-  work.locate(begin, unit, token);
+  Tile made;
+  work.locate(at, made);
+  if (GROUPED && bias) bias += (u64)made.expert * work.n;
   for (int plane = rank * GROUPS + (warp >> 2); plane < ROWS * (TOKENS / 8); plane += GROUPS * split) {
     const int group = plane / (TOKENS / 8), i = plane % (TOKENS / 8);
     float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     for (int block = 0; block < split; ++block) {
 #pragma unroll
       for (int way = 0; way < WAYS; ++way) {
-        const u32 here = shared + RINGS + ((((way * ROWS + group) * (TOKENS / 8) + i) * 128) + (thread & 127)) * 16;
+        const u32 here = shared + SUMS + ((((way * ROWS + group) * (TOKENS / 8) + i) * 128) + (thread & 127)) * 16;
         u32 there;
         float4 v;
         asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(block));
@@ -225,8 +224,8 @@ __device__ __forceinline__ void add_partial_sums(const Work& work, u16* y, const
         total.x += v.x, total.y += v.y, total.z += v.z, total.w += v.w;
       }
     }
-    const int tile = group * 4 + (warp & 3), row = (unit * work.span + tile) * TILE_ROWS + 2 * (lane >> 2);
-    if (tile < work.span) store(work, y, bias, row, token + 8 * i + 2 * (lane & 3), total);
+    const int tile = group * 4 + (warp & 3), row = (made.unit * work.span + tile) * TILE_ROWS + 2 * (lane >> 2);
+    if (tile < work.span) store(work, y, bias, row, made.token + 8 * i + 2 * (lane & 3), made.end, total);
   }
 }
 
@@ -235,7 +234,7 @@ __device__ __forceinline__ void add_partial_sums(const Work& work, u16* y, const
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     lut_matmul(const __grid_constant__ TensorMap x, const u8* weight, const u16* scales, const u16* table, u64 vectors,
                const u16* bias, u16* y, u64 m, u64 n, u64 k, u64 groups, u64 magic, u64 split,
-               u64 share, u64 span) {
+               u64 share, u64 span, const int* offsets, u64 experts) {
   extern __shared__ __align__(1024) u8 memory[];
   const u32 shared = shared_address(memory), barriers = shared + BARRIERS_AT;
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
@@ -244,8 +243,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   const int rank = (int)blockIdx.x - begin * (int)split;
   const int chunks = ((int)k + CHUNK_K - 1) / CHUNK_K, tiles = ((int)n + TILE_ROWS - 1) / TILE_ROWS;
   const int first = (int)(rank * chunks * share >> 32), count = (int)((rank + 1) * chunks * share >> 32) - first;
+  int* ends = (int*)(memory + EXPERTS_AT);
   const Work work{(int)m, (int)n, tiles, (int)span, (tiles + (int)span - 1) / (int)span, ((int)m + TOKENS - 1) / TOKENS,
-                  first,  count};
+                  first,  count,  (int)experts, ends};
 
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   for (int i = warp; i < BARRIERS; i += THREADS / 32) {  // lane by lane a warp would need a microsecond
@@ -254,6 +254,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   }
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   const u32 mine = table_value(table, vectors != 0, thread);
+  if (GROUPED && warp == THREADS / 32 - 1) {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    count_tiles(ends, offsets, (int)experts, (int)m, work.units, lane);
+  }
   __syncthreads();
 
   if (warp >= 4 * GROUPS) {
@@ -325,16 +329,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       }
       wait_steps<0>(acc);
       if (last != 0 && lane == 0) arrive(last);
+      if (GROUPED && WAYS > 1) {  // the next tile's chunks follow this one's in the rings, whatever way took the last
+        const int over = (count - way + WAYS - 1) / WAYS * WAYS - count;
+        codes.rewind(over), box.rewind(2 * over);
+      }
 
-      int unit, token;
-      work.locate(at, unit, token);
-      const int row = (unit * work.span + tile) * TILE_ROWS + 2 * (lane >> 2);
-      token += 2 * (lane & 3);
+      Tile done;
+      work.locate(at, done);
+      const u16* addend = GROUPED && bias ? bias + (u64)done.expert * work.n : bias;
+      const int row = (done.unit * work.span + tile) * TILE_ROWS + 2 * (lane >> 2);
+      const int token = done.token + 2 * (lane & 3);
       if (WAYS == 1 && split == 1) {
         if (tile >= work.span) continue;
-        if (work.n % 2 == 0 && row + 1 < work.n && token + TOKENS <= work.m + 2 * (lane & 3)) {  // all there is of it
+        if (work.n % 2 == 0 && row + 1 < work.n && token + TOKENS <= done.end + 2 * (lane & 3)) {  // all there is of it
           u16* to = y + (u64)token * work.n + row;
-          const float low = bias ? wide(bias[row]) : 0.0f, high = bias ? wide(bias[row + 1]) : 0.0f;
+          const float low = addend ? wide(addend[row]) : 0.0f, high = addend ? wide(addend[row + 1]) : 0.0f;
 #pragma unroll
           for (int i = 0; i < TOKENS / 8; ++i, to += 8ull * work.n) {
             *(u32*)to = narrow_pair(acc[4 * i] + low, acc[4 * i + 2] + high);
@@ -343,19 +352,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         } else {
 #pragma unroll
           for (int i = 0; i < TOKENS / 8; ++i) {
-            store(work, y, bias, row, token + 8 * i, make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]));
+            const float4 v = make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]);
+            store(work, y, addend, row, token + 8 * i, done.end, v);
           }
         }
-      } else {  // at most one tile: the rings are free once every group is here
+      } else {  // at most one tile: the rings are free once every group is here; grouped, the sums of the tile before
         meet_math();
-        float4* sums = (float4*)(memory + RINGS) + (warp >> 2) * (TOKENS / 8) * 128 + (thread & 127);
+        float4* sums = (float4*)(memory + SUMS) + (warp >> 2) * (TOKENS / 8) * 128 + (thread & 127);
 #pragma unroll
         for (int i = 0; i < TOKENS / 8; ++i) {
           sums[i * 128] = make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]);
         }
+        if (GROUPED) meet_math(), add_partial_sums(work, y, bias, shared, 0, 1, at, thread);
       }
     }
-    if (WAYS > 1 || split > 1) {
+    if (!GROUPED && (WAYS > 1 || split > 1)) {
       if (split > 1) meet_cluster();
       else meet_math();
       if (begin < work.total()) add_partial_sums(work, y, bias, shared, rank, (int)split, begin, thread);
