@@ -84,9 +84,11 @@ def share_layer_step(model: Any, *, compiled: bool) -> None:
     AttentionMaskInterface.register("shared_keys", sdpa_mask)
     model.set_attn_implementation("shared_keys")
     step = torch.compile(_layer_step) if compiled else _layer_step
-    layers = model.get_decoder().layers
-    for index, layer in enumerate(layers):
-        layers[index] = _Layer(layer, index, step)
+    decoder = model.get_decoder()
+    for index, layer in enumerate(decoder.layers):
+        decoder.layers[index] = _Layer(layer, index, step)
+    if compiled and hasattr(decoder, "norm"):
+        decoder.norm.forward = torch.compile(decoder.norm.forward)
 
 
 def empty_cache(model: Any, batch: int, length: int) -> Any:
@@ -109,11 +111,17 @@ def set_length(cache: Any, tokens: int) -> None:
         layer.cumulative_length.fill_(tokens)
 
 
+def _most_likely(logits: torch.Tensor) -> torch.Tensor:
+    """The largest logit's token; compiled it is shared among many blocks, which torch's own kernel does not do."""
+    return logits.argmax(-1)
+
+
 class Decoder:
     """``step()`` decodes one token for every sequence of a batch, after ``prompt`` tokens of random content."""
 
-    def __init__(self, model: Any, batch: int, prompt: int, room: int) -> None:
+    def __init__(self, model: Any, batch: int, prompt: int, room: int, *, compiled: bool = False) -> None:
         self.model, self.prompt = model, prompt
+        self.most_likely = torch.compile(_most_likely) if compiled else _most_likely
         self.cache = empty_cache(model, batch, prompt + room)
         for layer in self.cache.layers:
             layer.keys.normal_()
@@ -128,5 +136,5 @@ class Decoder:
     def step(self) -> None:
         """One token for every sequence; no work of the host is needed in between, so it can be captured."""
         logits = self.model(self.tokens, past_key_values=self.cache, use_cache=True).logits
-        self.tokens.copy_(logits[:, -1:].argmax(-1))
+        self.tokens.copy_(self.most_likely(logits[:, -1:]))
         torch._foreach_add_([layer.cumulative_length for layer in self.cache.layers], 1)

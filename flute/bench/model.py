@@ -217,10 +217,12 @@ def _milliseconds(run: Callable[[], object], times: int) -> float:
     return start.elapsed_time(end) / times
 
 
-@torch.inference_mode()
-def decode_milliseconds(model: Any, batch: int, prompt: int, steps: int, rounds: int = 3) -> float:
+@torch.no_grad()  # not inference_mode, in which layers of one x are launched apart
+def decode_milliseconds(
+    model: Any, batch: int, prompt: int, steps: int, rounds: int = 3, *, compiled: bool = False
+) -> float:
     """Median over ``rounds`` of the milliseconds of one of ``steps`` decode steps in a row."""
-    decoder = Decoder(model, batch, prompt, room=max(steps, 4))
+    decoder = Decoder(model, batch, prompt, room=max(steps, 4), compiled=compiled)
     replay = _captured(decoder.step, warm_ups=2)
     taken = []
     for _ in range(rounds):
@@ -229,7 +231,7 @@ def decode_milliseconds(model: Any, batch: int, prompt: int, steps: int, rounds:
     return statistics.median(taken)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode, in which layers of one x are launched apart
 def prefill_milliseconds(model: Any, batch: int, prompt: int) -> float:
     """Median milliseconds of one pass over ``batch`` prompts, into an empty static cache."""
     cache = empty_cache(model, batch, prompt)
@@ -297,7 +299,7 @@ def _measure_case(
         if gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        decode = decode_milliseconds(model, batch, prompt, plan.steps)
+        decode = decode_milliseconds(model, batch, prompt, plan.steps, compiled=plan.compiled)
         peak = torch.cuda.max_memory_allocated() / 1e9 if gpu else None
         if batch * prompt <= plan.prefill_tokens:
             prefill = prefill_milliseconds(model, batch, prompt)
