@@ -6,8 +6,8 @@
 cuda-bindings probes the driver for functions it may lack, which memcheck reports: add --report-api-errors no.
 Without torch's caching allocator every tensor is an allocation of its own: a read past its end is seen. Plans are
 forced, one of every kind: alone, sharing K among warps, among blocks of a cluster, both, and several passes. At 130
-tokens only the matmul kernel has plans. ``--grouped`` runs stacks of experts instead, empty ones among them, with more
-tiles than blocks.
+tokens only the matmul and mma kernels have plans. ``--grouped`` runs stacks of experts instead, empty ones among them,
+with more tiles than blocks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 from flute.bench.correctness import Case, Problem, relative
 from flute.hadamard import transform
-from flute.kernels import cuda, plan, stacked, tiles
+from flute.kernels import cuda, mma, plan, stacked, tiles
 from flute.kernels.hadamard import hadamard
 from flute.kernels.layout import pack_scales, pack_weight
 from flute.spec import QuantSpec
@@ -27,9 +27,13 @@ SHAPES = [(40, 640), (333, 777), (1, 64), (100, 1100)]
 TOKENS = [1, 9, 40, 130]
 
 
-def kinds(m: int, n: int, k: int, bits: int, group: int) -> list[plan.Plan | tiles.Tiling]:
-    """The best plan of every kind, of both kernels."""
+def kinds(m: int, n: int, k: int, bits: int, group: int, only_mma: bool) -> list[cuda.Launch]:
+    """The best plan of every kind, of all kernels."""
     gpu, best = cuda.gpu(0), {}
+    for one in sorted(mma.candidates(gpu, m, n, k, bits, plan.group_block(group, k)), key=lambda one: one.cycles):
+        best.setdefault(("mma", one.split > 1, one.row_tiles), one)
+    if only_mma:
+        return list(best.values())
     for one in plan.candidates(gpu, m, n, k, bits, group):
         best.setdefault((one.ways > 1, one.split > 1, one.row_tiles, one.per_sm), one)
     if gpu.has_wgmma:
@@ -78,6 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one shape only: racecheck is slow")
     parser.add_argument("--grouped", action="store_true", help="stacks of experts only")
+    parser.add_argument("--mma", action="store_true", help="the mma kernel alone")
     arguments = parser.parse_args()
     shapes = [] if arguments.grouped else SHAPES[:1] if arguments.quick else SHAPES
     launches = grouped() if arguments.grouped else rotations()
@@ -93,7 +98,7 @@ def main() -> None:
                     x = torch.randn(m, k, device="cuda").to(dtype)
                     exact = problem.exact(x)
                     size = (x.double().abs() @ problem.decoded(torch.float64).abs().T).norm()
-                    for forced in kinds(m, n, k, bits, spec.group(k)):
+                    for forced in kinds(m, n, k, bits, spec.group(k), arguments.mma):
                         y = cuda.lut_linear(x, *given, problem.table, None, n, bits, group, forced=forced)
                         assert y is not None and (y.double() - exact).norm() / size < 1e-3, (forced, relative(y, exact))
                         launches += 1

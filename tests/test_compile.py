@@ -7,7 +7,7 @@ from compiler import needs_nvrtc
 from gpus import GPUS
 
 from flute.errors import CompileError
-from flute.kernels import jit, plan, tiles
+from flute.kernels import jit, mma, plan, tiles
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 
@@ -69,6 +69,23 @@ def test_every_tiling(bits: int, bf16: bool, group: int, half: int) -> None:
         made = tiles.tiling(H100, tokens, 4096, 4096, bits, group, tokens, rows, ways, 1, per_sm, True)
         if made is not None:
             assert not complaints(report("matmul.cu", dict(made.macros(bits, bf16)), "sm_90a")), made
+
+
+MMA_GPUS = ("A100", "RTX 3090", "L40S", "B200", "RTX 5090")
+CASES = [(2, True, 64), (3, True, 32), (2, False, 128), (3, False, 64), (4, True, 32), (4, False, 64), (4, False, 128)]
+
+
+@pytest.mark.parametrize("number", range(len(MMA_GPUS)))
+def test_every_mma_tiling(number: int) -> None:
+    """Every shape, those with registers to spare on every second architecture; widths, groups and dtypes take turns."""
+    gpu = GPUS[MMA_GPUS[number]]
+    for turn, shape in enumerate(mma._SHAPES):
+        if shape[0] * shape[1] < 24 and (turn + number) % 2:
+            continue
+        bits, bf16, block = CASES[(turn + 3 * number) % len(CASES)]
+        made = mma.tiling(gpu, 300, 4096, 4096, bits, block, shape, 1)
+        assert made is not None
+        assert not complaints(report("mma.cu", dict(made.macros(bits, bf16)), gpu.arch)), made
 
 
 def test_serialized_tensor_cores_would_be_seen() -> None:

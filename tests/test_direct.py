@@ -87,7 +87,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]
     """Arguments of every launch."""
     made: list[tuple[Any, ...]] = []
     remember: Callable[..., Any] = lambda *arguments: arguments  # noqa: E731
-    for name in ("_kernel", "_config", "_tensor_map"):
+    for name in ("_kernel", "_config", "tensor_map"):
         monkeypatch.setattr(cuda, name, remember)
     monkeypatch.setattr(cuda, "_launch", lambda *arguments: made.append(arguments))
     monkeypatch.setattr(cuda, "_launches", {})

@@ -14,7 +14,7 @@ import pytest
 from compiler import needs_nvrtc
 from gpus import GPUS
 
-from flute.kernels import jit, plan, tiles, walsh
+from flute.kernels import jit, mma, plan, tiles, walsh
 
 
 def disassembler() -> str | None:
@@ -82,3 +82,22 @@ def test_hadamard(tmp_path: Path) -> None:
     assert count(found, "LDS.64") == count(found, "STS.64") == 32
     assert count(found, "FADD") == 12 * 32 and count(found, "SHFL|LDL|STL") == 0
     assert sum(found.values()) <= 26 * 32
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "bits"),
+    [("A100", (2, 16, 8, 1), 4), ("A100", (2, 8, 8, 1), 3), ("RTX 3090", (2, 8, 8, 1), 2), ("B200", (1, 8, 8, 1), 4)],
+)
+def test_mma(tmp_path: Path, name: str, shape: tuple[int, int, int, int], bits: int) -> None:
+    made = mma.tiling(GPUS[name], 4096, 4096, 4096, bits, 64, shape, 1)
+    assert made is not None
+    found = instructions(tmp_path, "mma.cu", dict(made.macros(bits, False)), GPUS[name].arch, "lut_mma")
+    rows, tokens = shape[:2]
+    assert count(found, "HMMA.16816.F32") == 8 * rows * tokens  # one chunk, unrolled, and no second copy of it
+    assert count(found, "LDSM") == 8 * tokens // 2  # a fragment of x is loaded once for all row tiles
+    # lookups, one a pair of weights or two pairs at 2 bits: a chunk's, and those of the very first step
+    lookups = rows * 4 * (8 + 1) // (2 if bits == 2 else 1)
+    found_lookups = count(found, r"LDS\.64$" if bits == 2 else r"LDS(\.U)?$")
+    assert lookups <= found_lookups <= lookups + 4 * rows * 2  # and scales, codes
+    assert count(found, "HMUL2") == rows * 4 * (8 + 1)
+    assert count(found, "LDL|STL") == 0

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flute.errors import TuneError
-from flute.kernels import choice, cuda, plan, tiles, tuned
+from flute.kernels import choice, cuda, mma, plan, tiles, tuned
 
 HERE = tuned.Machine("NVIDIA H100 80GB HBM3, sm_90, 132 SMs", "580.65.06", "0" * 64)
 PROBLEM = tuned.Problem(8, 4096, 4096, 4, 64, "float16")
@@ -227,7 +227,9 @@ def test_labels_are_names_and_hold_in_the_whole_bucket(name: str, n: int, k: int
             found = choice.contestants(gpu, m, n, k, 4, 64)
             same_passes = {getattr(one, "passes", 1) for one in found} == {getattr(one, "passes", 1) for one in there}
             if same_passes:  # else x did not fit in shared memory at the end of the bucket
-                assert labels <= {one.label for one in found}, (m, last)
+                # tilings of the mma kernel are dropped where the dense path is estimated to be faster, legal or not
+                missing = labels - {one.label for one in found}
+                assert all(label.startswith("mma ") for label in missing), (m, last)
         first = last + 1
 
 
@@ -237,8 +239,9 @@ def test_untuned_is_the_best_estimate_of_all_kernels(name: str, m: int) -> None:
     gpu = GPUS[name]
     for n, k, bits, group in ((4096, 4096, 4, 64), (333, 777, 3, 777), (64, 53248, 2, 32)):
         made = [plan.make(gpu, m, n, k, bits, group)] if m <= choice.DECODE_TOKENS else []
-        if m > tiles.FEWEST_TOKENS or made == [None]:
-            made.append(tiles.make(gpu, m, n, k, bits, group))
+        many = tiles if gpu.has_wgmma else mma
+        if m > many.FEWEST_TOKENS or made == [None]:
+            made.append(many.make(gpu, m, n, k, bits, group))
         best = min((one for one in made if one is not None), key=lambda one: one.cycles, default=None)
         assert choice.choose(gpu, tuned.Problem(m, n, k, bits, group, "float16"), nothing) == best
 

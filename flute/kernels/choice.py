@@ -1,8 +1,8 @@
 """Problem -> launch: the analytic choice, unless this very GPU was measured to run another plan faster.
 
-The analytic choice is the legal launch with the best estimate (`plan`, `tiles`); it needs no measurement and is what
-runs until somebody tunes. A measurement (`tuned`) is made once per bucket of M, at its last M; a winner that is not the
-faster one at the first M too is kept for the last alone.
+The analytic choice is the legal launch with the best estimate (`plan`, `tiles`, `mma`); it needs no measurement and is
+what runs until somebody tunes. A measurement (`tuned`) is made once per bucket of M, at its last M; a winner that is not
+the faster one at the first M too is kept for the last alone.
 
 Buckets end at 1, 2, 4, 8 and at the widths of the matmul kernel's tiles, 16 to 256; above, at powers of two. Up to 256
 tokens every M of a bucket thus has the same tile widths and the same passes of the decode kernel, and what is legal at
@@ -17,11 +17,11 @@ from bisect import bisect_left
 from collections.abc import Callable
 from typing import TypeAlias
 
-from . import plan, tiles, tuned
+from . import mma, plan, tiles, tuned
 
 DECODE_TOKENS = 64  # the most tokens the decode kernel is asked for
 BUCKETS = (1, 2, 4, 8, *sorted({tokens for tokens, *_ in tiles.variants()}))
-Launch: TypeAlias = plan.Plan | tiles.Tiling
+Launch: TypeAlias = plan.Plan | tiles.Tiling | mma.Tiling
 
 
 def bucket(m: int) -> int:
@@ -43,6 +43,8 @@ def contestants(gpu: plan.Gpu, m: int, n: int, k: int, bits: int, group: int) ->
         found += plan.candidates(gpu, m, n, k, bits, group)
     if gpu.has_wgmma and (m > tiles.FEWEST_TOKENS or not found):
         found += tiles.candidates(gpu, m, n, k, bits, plan.group_block(group, k))
+    if not gpu.has_wgmma and (m > mma.FEWEST_TOKENS or not found):
+        found += mma.worthwhile(gpu, m, n, k, bits, group)
     return sorted(found, key=lambda one: one.cycles)
 
 

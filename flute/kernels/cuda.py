@@ -18,10 +18,11 @@ import torch
 
 from ..errors import OperatorError
 from ..spec import whole_group
-from . import choice, jit, layout, plan, tiles, tuned
+from . import choice, jit, layout, mma, plan, tiles, tuned
+from .boxes import tensor_map
 
 _MINIMUM_CAPABILITY = (8, 0)
-_FILES: dict[type, str] = {plan.Plan: "decode.cu", tiles.Tiling: "matmul.cu"}
+_FILES: dict[type, str] = {plan.Plan: "decode.cu", tiles.Tiling: "matmul.cu", mma.Tiling: "mma.cu"}
 _thread = threading.local()
 
 
@@ -85,7 +86,12 @@ def _target(device: int, file: str) -> str:
 @cache
 def _kernel(device: int, file: str, macros: tuple[tuple[str, int], ...], name: str) -> Any:
     kernel = jit.load(file, macros, _target(device, file), name)
-    if name in ("lut_decode", "lut_matmul", "hadamard"):  # more than 48 KiB of shared memory must be asked for
+    if name in (
+        "lut_decode",
+        "lut_matmul",
+        "lut_mma",
+        "hadamard",
+    ):  # more than 48 KiB of shared memory must be asked for
         from cuda.bindings import driver
 
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -282,10 +288,10 @@ def _run(
     bias = None if bias is None else bias.contiguous()
     operands = (weight.data_ptr(), scales.data_ptr(), table.data_ptr(), int(table.dim() == 2))
     add, out, shape = _pointer(bias), y.data_ptr(), launch.partial
+    if k % 8 and not isinstance(launch.chosen, plan.Plan):  # the others copy 16 bytes of a row at a time
+        x = torch.nn.functional.pad(x, (0, -k % 8))
     if isinstance(launch.chosen, tiles.Tiling):
-        if k % 8:  # the copy engine wants rows at multiples of 16 bytes
-            x = torch.nn.functional.pad(x, (0, -k % 8))
-        box = _tensor_map(device, x.data_ptr(), m, x.shape[-1], launch.chosen.tokens)
+        box = tensor_map(device, x.data_ptr(), m, x.shape[-1], launch.chosen.tokens)
         _launch(device, launch.config, launch.kernel, box, *operands, add, out, *launch.sizes)
     elif shape is None:
         _launch(device, launch.config, launch.kernel, *operands, x.data_ptr(), add, out, 0, *launch.sizes)
@@ -300,6 +306,8 @@ def _run(
 def _prepare(problem: _Problem, chosen: choice.Launch) -> _Prepared:
     if isinstance(chosen, tiles.Tiling):
         return _prepare_matmul(problem, chosen)
+    if isinstance(chosen, mma.Tiling):
+        return _prepare_mma(problem, chosen)
     return _prepare_decode(problem, chosen)
 
 
@@ -321,38 +329,31 @@ def _prepare_decode(problem: _Problem, chosen: plan.Plan) -> _Prepared:
         ),
         (m, n, k, -(-k // group), _group_magic(group, k), chosen.split, chosen.ways, chosen.pitch, chosen.tokens),
     )
-    if chosen.split == 1 or clusters:
+    return launch if chosen.split == 1 or clusters else _with_workspace(launch, macros)
+
+
+def _prepare_mma(problem: _Problem, chosen: mma.Tiling) -> _Prepared:
+    device, m, n, k, bits, group, bf16 = problem
+    launch = _Prepared(
+        problem,
+        chosen,
+        _kernel(device, "mma.cu", chosen.macros(bits, bf16), "lut_mma"),
+        _config((chosen.blocks, 1), chosen.threads, chosen.shared_bytes, 1, False),
+        (m, n, -(-k // 8) * 8, -(-k // group), _group_magic(group, k), chosen.split),
+    )
+    if chosen.split == 1:
         return launch
-    reduce = _kernel(device, "decode.cu", macros, "lut_reduce")
+    return _with_workspace(launch, plan.decode_macros(bits, bf16, 128, 1, 1, 4, 1, False))  # any decode kernel has it
+
+
+def _with_workspace(launch: _Prepared, macros: tuple[tuple[str, int], ...]) -> _Prepared:
+    """Slices of K go to a workspace, and the decode kernel of ``macros`` brings what adds them up."""
+    device, m, n = launch.problem[:3]
     return launch._replace(
-        partial=(chosen.split, m, n),
-        reduce=reduce,
+        partial=(launch.chosen.split, m, n),
+        reduce=_kernel(device, "decode.cu", macros, "lut_reduce"),
         reduce_config=_config((-(-m * n // 256), 1), 256, 0, 1, False),
     )
-
-
-class _Address:
-    """Device memory as an array interface that owns nothing: a cached tensor map must not keep a tensor alive."""
-
-    def __init__(self, pointer: int, shape: tuple[int, int]) -> None:
-        self.__cuda_array_interface__ = {"data": (pointer, False), "shape": shape, "typestr": "<u2", "version": 3}
-
-
-@lru_cache(maxsize=4096)
-def _tensor_map(device: int, pointer: int, m: int, k: int, tokens: int) -> Any:
-    """How the copy engine finds boxes of 64 k x ``tokens`` in x (m, k); only numbers, so it is good for any such x."""
-    from cuda.core._tensor_map import TensorMapDescriptorOptions, TensorMapL2Promotion, TensorMapSwizzle
-    from cuda.core.utils import StridedMemoryView
-
-    options = TensorMapDescriptorOptions(
-        box_dim=(tokens, 64),
-        swizzle=TensorMapSwizzle.SWIZZLE_128B,
-        l2_promotion=TensorMapL2Promotion.L2_256B,
-    )
-    with torch.cuda.device(device):  # made in the context it is used in
-        _bind()
-        view = StridedMemoryView.from_cuda_array_interface(_Address(pointer, (m, k)), stream_ptr=-1)
-        return view.as_tensor_map(options=options)
 
 
 def _prepare_matmul(problem: _Problem, chosen: tiles.Tiling) -> _Prepared:

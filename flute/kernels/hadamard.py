@@ -71,7 +71,7 @@ def _launch(x: torch.Tensor, cut: walsh.Cut) -> torch.Tensor:
     chunks = -(-x.numel() // cut.chunk)
     config = cuda._config((chunks, 1), cut.threads, cut.shared_bytes, cut.split, _has_clusters(device.index))
     ahead = walsh.ahead(cut.size, x.element_size(), _sms(device.index))
-    cuda._launch(device, config, kernel, x.data_ptr(), y.data_ptr(), x.numel() // 2, ahead)
+    cuda._launch(device.index, config, kernel, x.data_ptr(), y.data_ptr(), x.numel() // 2, ahead)
     return y
 
 

@@ -7,7 +7,7 @@ Codes and scales come in one of two layouts, told apart by their rank: the check
 opaque operator call, so torch.compile, CUDA graphs and vLLM never see the choice of kernel inside:
 
 * CUDA: the kernel with the best estimate, or the one that tuning found (`cuda.choose`). What no kernel takes (groups
-  that are no multiple of 32; more than 64 tokens on GPUs other than Hopper): dequantize, then matmul.
+  that are no multiple of 32), or what is estimated to be faster so on GPUs other than Hopper: dequantize, then matmul.
 * CPU: the C kernel (`cpu`) for small M if it was built, else dequantize and matmul.
 
 Gradients flow to x (and bias) only: dx = dy . W. The codes are constants, so adapters such as LoRA train on top.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..spec import whole_group
-from . import cuda, tiles
+from . import boxes, cuda, tiles
 
 
 @lru_cache(maxsize=4096)
@@ -54,7 +54,7 @@ def lut_grouped_linear(
     bias, offsets = None if bias is None else bias.contiguous(), offsets.contiguous()
     if k % 8:  # the copy engine wants rows at multiples of 16 bytes
         x = torch.nn.functional.pad(x, (0, -k % 8))
-    box = cuda._tensor_map(device, x.data_ptr(), m, x.shape[-1], chosen.tokens)
+    box = boxes.tensor_map(device, x.data_ptr(), m, x.shape[-1], chosen.tokens)
     cuda._launch(
         device, launch.config, launch.kernel, box, weight.data_ptr(), scales.data_ptr(), table.data_ptr(),
         int(table.dim() == 2), cuda._pointer(bias), y.data_ptr(), *launch.sizes[:-2], offsets.data_ptr(),

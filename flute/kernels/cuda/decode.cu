@@ -104,13 +104,6 @@ __device__ __forceinline__ void stage_x(u8* shared_x, const u16* x, int m, int k
   }
 }
 
-// B fragments of two steps: eight tokens times 32 k. Lane l names the 16 bytes of token l % 8 at 8 (l / 8) k.
-__device__ __forceinline__ void load_tokens(uint4& b, u32 address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(b.x), "=r"(b.y), "=r"(b.z), "=r"(b.w)
-               : "r"(address));
-}
-
 // One chunk of ROW_TILES tiles against all tokens; `slot` and `scales` are where this lane's lie.
 __device__ __forceinline__ void multiply_chunk(float (&acc)[ROW_TILES][TOKEN_TILES][4], const u8* slot, const u8* scales,
                                                const u32 (&x_lane)[TOKEN_TILES], u32 x_offset, const u8* table,

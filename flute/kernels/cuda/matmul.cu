@@ -47,27 +47,6 @@ struct __align__(64) TensorMap {
   u64 opaque[16];
 };
 
-// ---- barriers and copies --------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ void init_barrier(u32 barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-
-__device__ __forceinline__ void wait_phase(u32 barrier, u32 phase) {
-  u32 done;
-  do {
-    asm volatile(
-        "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-        : "=r"(done)
-        : "r"(barrier), "r"(phase)
-        : "memory");
-  } while (!done);
-}
-
-__device__ __forceinline__ void arrive(u32 barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
 __device__ __forceinline__ void expect_bytes(u32 barrier, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
@@ -77,22 +56,6 @@ __device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, int k, in
                ::"r"(to), "l"(&map), "r"(k), "r"(token), "r"(barrier)
                : "memory");
 }
-
-// A slot of a ring and the parity of its current use; both sides of a ring walk it alike.
-template <int SLOTS>
-struct Cursor {
-  int slot;
-  u32 phase = 0;
-  __device__ __forceinline__ void advance(int by) {
-    slot += by;
-    if (slot >= SLOTS) slot -= SLOTS, phase ^= 1;
-  }
-  __device__ __forceinline__ void rewind(int by) {
-    slot -= by;
-    if (slot < 0) slot += SLOTS, phase ^= 1;
-    else if (slot >= SLOTS) slot -= SLOTS, phase ^= 1;
-  }
-};
 
 // ---- copying, and storing ---------------------------------------------------------------------------------------------
 
@@ -132,8 +95,7 @@ __device__ __forceinline__ void copy_codes(const Work& work, const u8* weight, c
         const u32 group = row_tile * groups + group_of(block, magic, groups);
         copy_async<16>(slot + TILES * CHUNK_BYTES + piece * 16, scales_from + group * TILE_ROWS + piece % 2 * 8);
       }
-      asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barriers + 8 * (FULL_CODES + cursor.slot))
-                   : "memory");
+      arrive_with_copies(barriers + 8 * (FULL_CODES + cursor.slot));
     }
   }
 }
@@ -149,38 +111,6 @@ __device__ __forceinline__ void copy_x(const Work& work, const TensorMap& map, u
       wait_phase(barriers + 8 * (EMPTY_X + cursor.slot), cursor.phase ^ 1);
       expect_bytes(full, BOX_BYTES);
       copy_box(shared + RINGS + cursor.slot * BOX_BYTES, map, box * BOX_K, tile.token, full);
-    }
-  }
-}
-
-__device__ __forceinline__ u32 scaled(u32 pair, u32 scale) {
-  u32 result;
-  asm("mul.rn." TYPE "x2 %0, %1, %2;" : "=r"(result) : "r"(pair), "r"(scale));
-  return result;
-}
-
-__device__ __forceinline__ u32 narrow_pair(float low, float high) {
-  u32 result;
-  asm("cvt.rn." TYPE "x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
-  return result;
-}
-
-// y of rows (row, row + 1) and tokens (token, token + 1), given as wgmma leaves them: {r t, r t+1, r+1 t, r+1 t+1}.
-__device__ __forceinline__ void store(const Work& work, u16* y, const u16* bias, int row, int token, int end,
-                                      float4 v) {
-  if (row >= work.n) return;
-  const bool both = row + 1 < work.n;
-  const float low = bias ? wide(bias[row]) : 0.0f, high = bias && both ? wide(bias[row + 1]) : 0.0f;
-  const u32 pairs[2] = {narrow_pair(v.x + low, v.z + high), narrow_pair(v.y + low, v.w + high)};
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    if (token + i >= end) break;
-    u16* to = y + (u64)(token + i) * work.n + row;
-    if (work.n % 2 == 0) {
-      *(u32*)to = pairs[i];
-    } else {
-      to[0] = (u16)pairs[i];
-      if (both) to[1] = (u16)(pairs[i] >> 16);
     }
   }
 }
@@ -225,7 +155,7 @@ __device__ __forceinline__ void add_partial_sums(const Work& work, u16* y, const
       }
     }
     const int tile = group * 4 + (warp & 3), row = (made.unit * work.span + tile) * TILE_ROWS + 2 * (lane >> 2);
-    if (tile < work.span) store(work, y, bias, row, made.token + 8 * i + 2 * (lane & 3), made.end, total);
+    if (tile < work.span) store(y, bias, made.end, work.n, row, made.token + 8 * i + 2 * (lane & 3), total);
   }
 }
 
@@ -353,7 +283,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
           for (int i = 0; i < TOKENS / 8; ++i) {
             const float4 v = make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]);
-            store(work, y, addend, row, token + 8 * i, done.end, v);
+            store(y, addend, done.end, work.n, row, token + 8 * i, v);
           }
         }
       } else {  // at most one tile: the rings are free once every group is here; grouped, the sums of the tile before

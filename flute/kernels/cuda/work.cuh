@@ -5,8 +5,6 @@
 // experts for itself (a scan of a warp, some hundred cycles), so one launch does with nothing from the host; tile numbers
 // run through the experts one by one, and an expert is found by bisection.
 
-constexpr int TOKEN_BAND = 16;  // token tiles that are walked together, so that x and W both stay in the L2 cache
-
 // The unit-th rows of an expert's W times TOKENS tokens from `token` on; `end` is the first that is not the expert's.
 struct Tile {
   int unit, token, end, expert;
@@ -24,14 +22,8 @@ struct Work {
       return;
     }
     tile.end = m, tile.expert = 0;
-    if (token_tiles == 1) {
-      tile.unit = at, tile.token = 0;
-      return;
-    }
-    int band = at / (TOKEN_BAND * units), rest = at - band * TOKEN_BAND * units;
-    int width = min(TOKEN_BAND, token_tiles - band * TOKEN_BAND);
-    tile.unit = rest / width;
-    tile.token = (band * TOKEN_BAND + rest % width) * TOKENS;
+    locate_tile(at, units, token_tiles, tile.unit, tile.token);
+    tile.token *= TOKENS;
   }
   __device__ __forceinline__ void locate_expert(int at, Tile& tile) const {
     const int* last = ends + experts;
