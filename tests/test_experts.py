@@ -216,6 +216,15 @@ def test_streaming_and_loading_quantize_alike(family: str, custom: bool, tmp_pat
     }
 
 
+def test_another_dtype(tmp_path: Path) -> None:
+    source = saved(tmp_path / "dense", "Mixtral", **FAMILIES["Mixtral"])
+    load(source, quantization_config=FluteConfig(group_size=32)).save_pretrained(tmp_path / "out")
+    half, moved = load(tmp_path / "out", dtype=torch.bfloat16), load(tmp_path / "out").to(torch.bfloat16)
+    experts = mixtures_of(half)[HOME]
+    assert experts.gate_up_scales.dtype == experts.down_table.dtype == torch.bfloat16
+    assert equal_states(half, moved) and torch.equal(experts.down_table, mixtures_of(moved)[HOME].down_table)
+
+
 def test_files_that_hold_stacks_as_they_are(tmp_path: Path) -> None:
     """Some families save the fused parameters; then codes are fused too."""
     model = build("Mixtral", torch.float16, **FAMILIES["Mixtral"])

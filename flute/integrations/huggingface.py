@@ -262,7 +262,7 @@ class FluteHfQuantizer(HfQuantizer):
         for name in {mixtures.owner(projection)[0] for projection in self._experts}:
             experts = model.get_submodule(name)
             assert isinstance(experts, LutExperts)
-            mixtures.finish(name, experts)
+            mixtures.finish(name, experts, model.dtype)
         if self._experts and not self.pre_quantized:  # what saving cuts apart, it cuts with the scales
             model._weight_conversions += mixtures.scale_converters(model._weight_conversions)
         if self.quantization_config.fuse:

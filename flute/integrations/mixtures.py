@@ -178,8 +178,10 @@ def swap(model: nn.Module, specs: Mapping[str, QuantSpec], *, pre_quantized: boo
         model.set_submodule(name, made.train(dense.training))
 
 
-def finish(name: str, experts: LutExperts) -> None:
+def finish(name: str, experts: LutExperts, dtype: torch.dtype) -> None:
     """The last touches after loading, as `loading.finish_layer` does them for a linear layer.
+
+    Scales and tables get the model's ``dtype``: transformers (up to 5.17) leaves what it stacked in that of the files.
 
     Raises:
         CheckpointError: weights are missing, or scales or tables are not finite.
@@ -192,13 +194,15 @@ def finish(name: str, experts: LutExperts) -> None:
         refuse_shards(name, weight)
         weight.requires_grad_(False)
         scales.requires_grad_(False)
+        scales.data = scales.data.to(dtype)
         table = getattr(experts, f"{role}_table")
-        if spec.table != CUSTOM_TABLE and not table.is_meta:
-            setattr(experts, f"{role}_table", named_table(spec.table).to(device=table.device, dtype=scales.dtype))
+        if not table.is_meta:
+            values = table if spec.table == CUSTOM_TABLE else named_table(spec.table)
+            setattr(experts, f"{role}_table", values.to(device=table.device, dtype=dtype))
         for part in ("scales", "table"):
             held = getattr(experts, f"{role}_{part}")
             if not held.is_meta and not bool(torch.isfinite(held).all()):
-                raise CheckpointError(f"layer {name!r}: {role}_{part} hold NaN or Inf in {scales.dtype}")
+                raise CheckpointError(f"layer {name!r}: {role}_{part} hold NaN or Inf in {dtype}")
     experts.arrange()
 
 
