@@ -1,8 +1,8 @@
 """Problem -> launch: the analytic choice, unless this very GPU was measured to run another plan faster.
 
 The analytic choice is the legal launch with the best estimate (`plan`, `tiles`, `mma`); it needs no measurement and is
-what runs until somebody tunes. A measurement (`tuned`) is made once per bucket of M, at its last M; a winner that is not
-the faster one at the first M too is kept for the last alone.
+what runs until somebody tunes. A measurement (`tuned`) is made once per bucket of M, at its last M; a winner that is
+not the faster one at the first M too is kept for the last alone.
 
 Buckets end at 1, 2, 4, 8 and at the widths of the matmul kernel's tiles, 16 to 256; above, at powers of two. Up to 256
 tokens every M of a bucket thus has the same tile widths and the same passes of the decode kernel, and what is legal at
