@@ -2,13 +2,15 @@
 """What each table costs a real small model: perplexity, bytes and tokens per second, as CSV and as a table in Markdown.
 
     python benchmarks/quality_smollm.py MODEL TEXT [--device cuda] [--windows N]
+    python benchmarks/quality_smollm.py MODEL TEXT --calibration OTHER_TEXT [--samples 64] [--window 512]
 
 MODEL is a dense folder, a hub id or a .gguf file (SmolLM2-135M in the committed results), TEXT a UTF-8 file (the raw
 WikiText-2 test set there). Perplexity is by the protocol of `flute.evaluate.perplexity`. On the CPU it is computed in
 float32 and speed is measured in float16; on a GPU both are in float16. Speed: greedy decoding of one sequence with
 `model.generate`, the fastest of five runs, which is the one that other programs disturbed least.
 
-``--only`` and ``--measure`` repeat a part and keep the rest of an existing CSV.
+With ``--calibration`` the rows are the calibrated methods instead of the tables, and go to quality_methods_DEVICE.csv;
+never calibrate on what is evaluated. ``--only`` and ``--measure`` repeat a part and keep the rest of an existing CSV.
 """
 
 from __future__ import annotations
@@ -30,11 +32,13 @@ from flute.bench.machine import processor
 from flute.checkpoint import streaming
 from flute.checkpoint.plan import make_plan
 from flute.checkpoint.shards import read_headers
-from flute.commands.common import print_table, progress_bar, quiet_libraries
+from flute.commands.common import print_table, progress_bar, quiet_libraries, read_text
+from flute.commands.quantize import peak_bytes
 from flute.config import ModelSpec
 from flute.evaluate.perplexity import context_length, encode, perplexity
 from flute.evaluate.speed import generate
 from flute.integrations import folders
+from flute.methods.folder import quantize_folder
 from flute.spec import QuantSpec
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -46,10 +50,21 @@ SPECS = {
     "nf3 g64": QuantSpec(3, 64, "nf3"),
     "nf2 g64": QuantSpec(2, 64, "nf2"),
 }
+METHODS = {
+    f"{method} {'pairs' if method == 'best' else f'nf{bits}'} {bits}-bit g64": (
+        method,
+        QuantSpec(bits, 64, table, vector),
+    )
+    for bits in (4, 3, 2)
+    for method, table, vector in (
+        *((name, f"nf{bits}", 1) for name in ("rtn", "gptq", "awq", "awq+gptq")),
+        ("best", "custom", 2),
+    )
+}
 COLUMNS = (
     *("weights", "bits_per_weight", "bytes", "perplexity", "tokens", "windows", "seq_len", "bos", "tokens_per_second"),
     *("device", "machine", "threads", "c_kernel", "arithmetic", "flute", "torch", "transformers", "python", "date"),
-    *("model", "text"),
+    *("model", "text", "method", "calibration", "samples", "window", "quantize_seconds", "peak_bytes"),
 )
 HEADER = ["weights", "bits/weight", "MB", "perplexity", "tokens/s"]
 PROMPT = "The city of"
@@ -61,6 +76,28 @@ def quantized(source: Path, out: Path, spec: QuantSpec) -> Path:
     record = ModelSpec(spec)
     streaming.run(make_plan(source, folders.architecture(source, record), record), out)
     return out
+
+
+def calibrated(source: Path, out: Path, name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Make the checkpoint of a row of METHODS; returns what the CSV tells of it."""
+    method, spec = METHODS[name]
+    if method == "rtn":
+        quantized(source, out, spec)
+        return {"method": method}
+    texts = {str(path): read_text(path) for path in options.calibration}
+    with progress_bar(0, "w", quiet=False, scale=True) as bar:
+        report = quantize_folder(
+            source, out, ModelSpec(spec), texts, method=method, samples=options.samples, window=options.window,
+            device=options.device, progress=lambda layer, weights: bool(bar.update(weights)),
+        )  # fmt: skip
+    return {
+        "method": method,
+        "calibration": " ".join(path.name for path in options.calibration),
+        "samples": options.samples,
+        "window": options.window,
+        "quantize_seconds": round(report.seconds, 1),
+        "peak_bytes": peak_bytes(options.device),
+    }
 
 
 def speed(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -174,26 +211,35 @@ def main() -> None:
     parser.add_argument("--windows", type=int, help="only the first so many windows of the text")
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--only", nargs="*", default=["dense", *SPECS], help="some of: dense, " + ", ".join(SPECS))
-    parser.add_argument("--measure", nargs="*", default=["quality", "speed"], choices=("quality", "speed"))
+    parser.add_argument("--only", nargs="*", help="some of: dense, " + ", ".join([*SPECS, *METHODS]))
+    parser.add_argument("--measure", nargs="*", choices=("quality", "speed"), help="default: both; quality for methods")
+    parser.add_argument("--calibration", nargs="*", type=Path, default=[], help="texts to calibrate with")
+    parser.add_argument("--samples", type=int, default=64, help="windows of calibration text")
+    parser.add_argument("--window", type=int, default=512, help="tokens in such a window")
     parser.add_argument("--label", help="what to call the model in the results")
     parser.add_argument("--output", type=Path, help="the CSV; default benchmarks/results/quality_smollm_DEVICE.csv")
     options = parser.parse_args()
     quiet_libraries(options.threads)
-    output = options.output or RESULTS / f"quality_smollm_{options.device}.csv"
+    subject, names = ("methods", METHODS) if options.calibration else ("smollm", SPECS)
+    measure = options.measure or (["quality"] if options.calibration else ["quality", "speed"])
+    output = options.output or RESULTS / f"quality_{subject}_{options.device}.csv"
     text = Path(options.text).read_text(encoding="utf-8")
-    rows = read(output) if options.only != ["dense", *SPECS] or len(options.measure) < 2 else {}
+    rows = read(output) if options.only or options.measure else {}
     with tempfile.TemporaryDirectory() as work, folders.dense_folder(folders.find(options.model), Path(work)) as source:
-        for name in options.only:
-            folder, bits = source, 16.0
-            if name != "dense":
+        for name in options.only or ["dense", *names]:
+            folder, bits, more = source, 16.0, {}
+            if name in METHODS:
+                folder = Path(work) / name.replace(" ", "-")
+                more = calibrated(source, folder, name, options)
+                bits = folders.validate(folder).bits_per_weight
+            elif name != "dense":
                 folder = quantized(source, Path(work) / name.replace(" ", "-"), SPECS[name])
                 bits = folders.validate(folder).bits_per_weight
             nbytes = sum(entry.nbytes for entry in read_headers(folder).values())
-            figures = {"weights": name, "bits_per_weight": bits, "bytes": nbytes, **machine(options)}
-            if "speed" in options.measure:
+            figures = {"weights": name, "bits_per_weight": bits, "bytes": nbytes, **machine(options), **more}
+            if "speed" in measure:
                 figures |= speed(folder, options)
-            if "quality" in options.measure:
+            if "quality" in measure:
                 figures |= quality(folder, text, options)
             rows[name] = {**rows.get(name, {}), **figures}
             print(name, figures.get("perplexity"), figures.get("tokens_per_second"), file=sys.stderr, flush=True)

@@ -34,3 +34,7 @@ class TuneError(FluteError, RuntimeError):
 
 class IntegrationError(FluteError, RuntimeError):
     """Another library is missing, too old, or was asked for something it cannot do with flute."""
+
+
+class CalibrationError(FluteError, ValueError):
+    """Calibration data, or a model's answer to it, cannot be used."""

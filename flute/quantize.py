@@ -60,20 +60,24 @@ def _round_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.where((rounded == 0) & (scale > 0), torch.full_like(rounded, smallest), rounded)
 
 
-def _nearest(grouped: torch.Tensor, scale: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Codes int64 of the nearest table entries: (N, G, g) scalars, or (N, G, g/2) when the table holds pairs."""
-    safe = torch.where(scale == 0, torch.ones_like(scale), scale)
-    unit = grouped / safe.unsqueeze(-1)
+def nearest(unit: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Codes int64 of the table entries nearest to ``unit`` (..., g): (..., g), or (..., g/2) for a table of pairs."""
     if table.dim() == 1:
         ordered, order = torch.sort(table, stable=True)
         middles = (ordered[1:] + ordered[:-1]) / 2
         return order[torch.bucketize(unit, middles)]
-    pairs = unit.view(-1, 2)
+    pairs = unit.reshape(-1, 2)
     # |p - t|^2 = |p|^2 - 2 p.t + |t|^2 and the first term does not choose; 256 entries at once need slices
     norms = (table * table).sum(-1)
     chunk = max(1, _ROWS_AT_ONCE_ELEMENTS // table.shape[0])
-    best = [(norms - 2 * (part @ table.T)).argmin(-1) for part in pairs.split(chunk)]
+    best = [torch.addmm(norms, part, table.T, alpha=-2).min(-1).indices for part in pairs.split(chunk)]
     return torch.cat(best).view(*unit.shape[:-1], unit.shape[-1] // 2)
+
+
+def _nearest(grouped: torch.Tensor, scale: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Codes int64 of the nearest table entries: (N, G, g) scalars, or (N, G, g/2) when the table holds pairs."""
+    safe = torch.where(scale == 0, torch.ones_like(scale), scale)
+    return nearest(grouped / safe.unsqueeze(-1), table)
 
 
 def _decode(codes: torch.Tensor, scale: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -85,14 +89,19 @@ def _decode(codes: torch.Tensor, scale: torch.Tensor, table: torch.Tensor) -> to
 
 
 def _searched_scale(
-    grouped: torch.Tensor, covering: torch.Tensor, table: torch.Tensor, dtype: torch.dtype
+    grouped: torch.Tensor,
+    covering: torch.Tensor,
+    table: torch.Tensor,
+    dtype: torch.dtype,
+    importance: torch.Tensor | None,
 ) -> torch.Tensor:
     best = _round_scale(covering, dtype)
     least = torch.full_like(covering, float("inf"))
     for share in _MSE_FAN:
         scale = _round_scale(covering * share, dtype)
         wide = scale.to(torch.float32)
-        error = (grouped - _decode(_nearest(grouped, wide, table), wide, table)).square().sum(-1)
+        error = (grouped - _decode(_nearest(grouped, wide, table), wide, table)).square()
+        error = error.sum(-1) if importance is None else (error * importance).sum(-1)
         better = error < least
         best, least = torch.where(better, scale, best), torch.where(better, error, least)
     return best
@@ -123,6 +132,7 @@ def quantize(
     table: torch.Tensor | None = None,
     scale: str = "absmax",
     scale_dtype: torch.dtype | None = None,
+    importance: torch.Tensor | None = None,
     name: str = "weight",
 ) -> Quantized:
     """Quantize W (N, K) by rounding to nearest.
@@ -133,6 +143,7 @@ def quantize(
         table: the custom table, when ``spec.table`` is ``"custom"``.
         scale: ``"absmax"`` or ``"mse"``.
         scale_dtype: dtype of the stored scales; the weight's own if that has 16 bits, else float16.
+        importance: (K,), weights of the squared errors in the search of ``"mse"``; None: all the same.
         name: the layer's name, for messages.
 
     Returns:
@@ -148,6 +159,8 @@ def quantize(
     # The kernels see the table in the activation dtype: choose codes among the values that will be used.
     values = values.to(scale_dtype).to(torch.float32)
     width = weight.shape[1]
+    if importance is not None:
+        importance = _grouped(importance.to(weight.device).unsqueeze(0), spec.group(width))
     codes, scales = [], []
     for part in weight.split(max(1, _ROWS_AT_ONCE_ELEMENTS // width)):
         grouped = _grouped(part, spec.group(width))
@@ -155,7 +168,7 @@ def quantize(
         chosen = (
             _round_scale(covering, scale_dtype)
             if scale == "absmax"
-            else _searched_scale(grouped, covering, values, scale_dtype)
+            else _searched_scale(grouped, covering, values, scale_dtype, importance)
         )
         index = _nearest(grouped, chosen.to(torch.float32), values).flatten(1)[:, : spec.row_codes(width)]
         codes.append(index.to(torch.uint8))

@@ -125,6 +125,47 @@ def test_quantize_says_what_it_did(dense: Path, tmp_path: Path, capsys: pytest.C
     assert err == ""  # no bar where stderr is no terminal
 
 
+@pytest.mark.parametrize(("method", "table"), [("awq+gptq", "nf3"), ("best", "customx2")])
+def test_a_calibrated_method(
+    method: str, table: str, dense: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--method", method, "--bits", "3", "--calibration", text, "--samples", "4", "--window", "16", "--json"]
+    codes, bytes_written = [], []
+    for name in ("one", "two"):
+        code, out, err = flute("quantize", dense, "-o", tmp_path / name, *options, capsys=capsys)
+        codes.append((code, err))
+        bytes_written.append((tmp_path / name / "model.safetensors").read_bytes())
+    figures = json.loads(out)
+    assert codes == [(0, "")] * 2 and bytes_written[0] == bytes_written[1]
+    assert [layer["spec"] for layer in figures["method_layers"]] == [f"{table} 3bit g64"] * 14
+    assert all(0 < layer["error"] < 1 for layer in figures["method_layers"])
+    assert (tmp_path / "one" / "tokenizer.json").read_bytes() == (dense / "tokenizer.json").read_bytes()
+    assert folders.validate(tmp_path / "one").bits_per_weight > 3
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--method", "gptq"], "--calibration FILE"),
+        (["--method", "gptq", "--calibration", "TEXT", "--window", "500"], "has 190 tokens, a window 500"),
+        (["--method", "gptq", "--calibration", "EMPTY"], "empty"),
+        (["--method", "rtn", "--calibration", "TEXT"], "not used by --method rtn"),
+        (["--method", "gptq", "--calibration", "TEXT", "--scale", "mse"], "--scale mse is for --method rtn"),
+        (["--method", "nice"], "use rtn, gptq"),
+    ],
+)
+def test_calibration_that_cannot_serve_is_one_line(
+    options: list[str], message: str, dense: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty.txt").write_text("\n", encoding="utf-8")
+    files = {"TEXT": str(text), "EMPTY": str(tmp_path / "empty.txt")}
+    given = [files.get(option, option) for option in options]
+    code, out, err = flute("quantize", dense, "-o", tmp_path / "out", *given, capsys=capsys)
+    assert code == 1 and out == "" and message in err and err.count("\n") == 1
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_inspect(quantized: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = flute("inspect", quantized, capsys=capsys)
     assert code == 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,16 +21,16 @@ from .common import (
     check_device,
     note,
     print_json,
+    print_table,
     progress_bar,
     quiet_libraries,
+    read_text,
 )
 
 if TYPE_CHECKING:
     import torch
 
     from ..config import ModelSpec
-
-_METHODS = ("rtn",)
 
 
 def quantize(
@@ -39,8 +41,14 @@ def quantize(
     table: Annotated[
         str | None, typer.Option(help="int4, fp4, nf4, ... or a JSON file of numbers or of pairs. Left out: nf<bits>.")
     ] = None,
-    method: Annotated[str, typer.Option(help="rtn: round to nearest.")] = "rtn",
-    scale: Annotated[str, typer.Option(help="absmax, or mse: search for the least squared error.")] = "absmax",
+    method: Annotated[str, typer.Option(help="rtn, gptq, awq, awq+gptq or best; all but rtn are calibrated.")] = "rtn",
+    scale: Annotated[str, typer.Option(help="For rtn: absmax, or mse: search for the least squared error.")] = "absmax",
+    calibration: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="A UTF-8 text to calibrate with; may be repeated.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Windows of calibration text.")] = 64,
+    window: Annotated[int, typer.Option(min=2, help="Tokens in such a window.")] = 512,
+    seed: Annotated[int, typer.Option(help="Which windows are drawn.")] = 0,
     skip: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="Leave layers dense: a name, a glob, or re:...")
     ] = None,
@@ -58,50 +66,107 @@ def quantize(
 ) -> None:
     """Quantize MODEL and write a checkpoint that any GPU, and transformers itself, can load.
 
-    Memory holds one shard at most. A run that was killed goes on when the same command is repeated.
+    Method rtn holds one shard in memory, and goes on where it was when a killed run is repeated. The calibrated methods
+    hold the dense model. Method best learns a table per layer unless --table names one; docs/quality.md says more.
     """
-    if method not in _METHODS:
-        raise FluteError(f"--method {method} is unknown; use {' or '.join(_METHODS)}")
-    values, record = model_spec(bits, group_size, table, skip or [], override or [], lm_head=lm_head)
+    check_method(method, calibration or [], scale)
+    table_values, record = model_spec(
+        bits, group_size, table, skip or [], override or [], lm_head=lm_head, learned=method == "best"
+    )
     from ..checkpoint.atomic import refuse_existing
-    from ..quantize import SCALE_METHODS
 
-    if scale not in SCALE_METHODS:
-        raise FluteError(f"--scale {scale} is unknown; use {' or '.join(SCALE_METHODS)}")
     output = output.expanduser().absolute()
     refuse_existing(output, force=force)
     check_device(device)
+    texts = {str(path): read_text(path) for path in calibration or []}
     quiet_libraries(threads)
-    figures = _run(model, output, record, values, scale=scale, device=device, force=force, quiet=quiet)
+    options: dict[str, Any] = {"table": table_values, "device": device, "force": force, "version": __version__}
+    if method == "rtn":
+        figures = _run(model, output, record, {**options, "scale": scale}, None, quiet=quiet)
+    else:
+        options |= {"method": method, "samples": samples, "window": window, "seed": seed}
+        figures = _run(model, output, record, options, texts, quiet=quiet)
     if as_json:
         print_json(figures)
-    else:
-        print(
-            f"{output}: {figures['layers']} layers in {figures['bits_per_weight']:.3f} bits per weight, "
-            f"{figures['bytes'] / 1e6:.1f} MB (was {figures['source_bytes'] / 1e6:.1f} MB), {figures['seconds']:.1f} s"
-        )
+        return
+    if "method_layers" in figures and not quiet:
+        _print_layers(figures)
+    print(
+        f"{output}: {figures['layers']} layers in {figures['bits_per_weight']:.3f} bits per weight, "
+        f"{figures['bytes'] / 1e6:.1f} MB (was {figures['source_bytes'] / 1e6:.1f} MB), {figures['seconds']:.1f} s"
+        + (f", at most {figures['peak_bytes'] / 1e9:.2f} GB of memory" if figures["peak_bytes"] else "")
+    )
+
+
+def check_method(method: str, calibration: list[Path], scale: str) -> None:
+    """Refuse a method that does not exist, lacks its text, or does not go with other options.
+
+    Raises:
+        FluteError: naming the option.
+    """
+    from ..methods.recipes import RECIPES
+    from ..quantize import SCALE_METHODS
+
+    if method not in RECIPES:
+        raise FluteError(f"--method {method} is unknown; use {', '.join(RECIPES)}")
+    if scale not in SCALE_METHODS:
+        raise FluteError(f"--scale {scale} is unknown; use {' or '.join(SCALE_METHODS)}")
+    if method != "rtn" and not calibration:
+        raise FluteError(f"--method {method} needs a text: --calibration FILE")
+    if method != "rtn" and scale != "absmax":
+        raise FluteError(f"--scale {scale} is for --method rtn; {method} searches its scales by itself")
+    if method == "rtn" and calibration:
+        raise FluteError("--calibration is not used by --method rtn; leave it out, or choose another method")
+
+
+def _print_layers(figures: dict[str, Any]) -> None:
+    rows = [
+        [
+            layer["name"],
+            layer["spec"],
+            "-" if layer["error"] is None else f"{layer['error']:.5f}",
+            f"{layer['damping']:g}",
+            f"{layer['seconds']:.1f}",
+        ]
+        for layer in figures["method_layers"]
+    ]
+    print_table(["layer", "spec", "output error", "damping", "s"], rows)
+    for layer in figures["method_layers"]:
+        if layer["note"]:
+            print(f"{layer['name']}: {layer['note']}")
+    for line in figures["notes"]:
+        print(line)
+
+
+def peak_bytes(device: str) -> int:
+    """Most memory in use so far, of the GPU or of this process; 0 where the system does not tell."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _run(
-    model: str,
-    output: Path,
-    record: ModelSpec,
-    table: torch.Tensor | None,
-    *,
-    scale: str,
-    device: str,
-    force: bool,
-    quiet: bool,
+    model: str, output: Path, record: ModelSpec, options: dict[str, Any], texts: dict[str, str] | None, *, quiet: bool
 ) -> dict[str, Any]:
+    """Figures of a run; ``texts`` is what a calibrated method reads, None rounds to nearest."""
     from ..checkpoint import streaming
     from ..checkpoint.plan import make_plan
     from ..integrations import folders, mixtures
+    from ..methods.folder import quantize_folder
 
     started = time.perf_counter()
     found = folders.find(model)
     if found.gguf:
         note(f"{found.gguf}: unpacked to float16 in memory as a whole first", quiet=quiet)
     output.parent.mkdir(parents=True, exist_ok=True)
+    more: dict[str, Any] = {}
     with folders.dense_folder(found, output.parent) as source:
         architecture = folders.architecture(source, record, check_names=True)
         for line in mixtures.told(architecture.left):
@@ -115,34 +180,40 @@ def _run(
                 bar.set_postfix_str(name, refresh=False)
                 bar.update(weights)
 
-            resumed = streaming.run(
-                plan,
-                output,
-                table=table,
-                scale=scale,
-                device=device,
-                force=force,
-                progress=progress,
-                version=__version__,
-            )
+            if texts is None:
+                more["resumed"] = streaming.run(plan, output, progress=progress, **options)
+            else:
+                made = quantize_folder(source, output, record, texts, progress=progress, **options)
+                more["method_layers"] = [{**asdict(layer), "spec": str(layer.spec)} for layer in made.layers]
+                more["notes"] = made.notes
         report = folders.validate(output)
         return {
             "output": str(output),
+            "method": options.get("method", "rtn"),
             "layers": len(report.layers),
             "quantized_weights": report.quantized_weights,
             "bits_per_weight": report.bits_per_weight,
             "bytes": report.nbytes,
             "source_bytes": sum(entry.nbytes for entry in plan.headers.values()),
             "seconds": time.perf_counter() - started,
-            "resumed": resumed,
+            "peak_bytes": peak_bytes(options["device"]),
+            "resumed": False,
             "left_dense": architecture.left,
+            **more,
         }
 
 
 def model_spec(
-    bits: int | None, group_size: int, table: str | None, skip: list[str], override: list[str], *, lm_head: bool
+    bits: int | None,
+    group_size: int,
+    table: str | None,
+    skip: list[str],
+    override: list[str],
+    *,
+    lm_head: bool,
+    learned: bool = False,
 ) -> tuple[torch.Tensor | None, ModelSpec]:
-    """The custom table, if any, and the record that the options describe.
+    """The custom table, if any, and the record that the options describe; ``learned``: pairs, unless a table is named.
 
     Raises:
         FluteError: an option breaks a rule.
@@ -156,6 +227,8 @@ def model_spec(
         vector_size = 1 if values.dim() == 1 else 2
         width = (values.shape[0].bit_length() - 1) // vector_size
         bits, name = width if bits is None else bits, CUSTOM_TABLE
+    elif table is None and learned:
+        bits, name, vector_size = 4 if bits is None else bits, CUSTOM_TABLE, 2
     elif table is None:
         bits = 4 if bits is None else bits
         name = f"nf{bits}" if bits in (2, 3, 4) else "nf4"  # QuantSpec says what is wrong with other bits

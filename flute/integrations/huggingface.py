@@ -272,6 +272,7 @@ class FluteHfQuantizer(HfQuantizer):
     def _quantize_tied_head(self, model: Any, name: str) -> None:
         from ..linear import LutLinear
         from .hooks import attach_hook, release_hook
+        from .modules import untie_head
 
         warnings.warn(
             f"{name} shared its weight with the embedding; quantized it has its own, and the embedding stays dense "
@@ -285,9 +286,7 @@ class FluteHfQuantizer(HfQuantizer):
         layer = LutLinear.from_linear(head, spec, table=table, scale=self.quantization_config.scale, name=name)
         model.set_submodule(name, layer)
         attach_hook(layer, hook)
-        for config in (model.config, model.config.get_text_config(decoder=True)):
-            config.tie_word_embeddings = False
-        model.all_tied_weights_keys.pop(f"{name}.weight", None)
+        untie_head(model, name)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         """``model.dequantize()``: every LutLinear and LutExperts becomes the dense module it stands for."""
@@ -303,6 +302,18 @@ class FluteHfQuantizer(HfQuantizer):
             model.set_submodule(name, dense)
             attach_hook(dense, hook)
         return model
+
+
+def mark_quantized(model: Any, record: ModelSpec) -> None:
+    """Tell transformers that ``model``, whose layers were made LutLinears in memory, is quantized: it can be saved.
+
+    Args:
+        record: with exact names, as a checkpoint holds it.
+    """
+    config = FluteConfig.of(record)
+    model.hf_quantizer = FluteHfQuantizer(config)
+    model.config.quantization_config = config
+    model.quantization_method = config.quant_method
 
 
 def register() -> None:

@@ -17,7 +17,7 @@ or neither.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -50,6 +50,13 @@ def output_head(model: nn.Module) -> str | None:
     if not isinstance(head, nn.Linear):
         return None
     return next((name for name, module in model.named_modules() if module is head), None)
+
+
+def untie_head(model: Any, name: str) -> None:
+    """Make a model forget that its output head ``name`` shares its weight with the embedding."""
+    for config in (model.config, model.config.get_text_config(decoder=True)):
+        config.tie_word_embeddings = False
+    model.all_tied_weights_keys.pop(f"{name}.weight", None)
 
 
 def quantizable(model: nn.Module, *, lm_head: bool = False) -> list[str]:

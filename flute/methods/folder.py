@@ -1,0 +1,87 @@
+"""From a dense model folder to a quantized one with a calibrated method.
+
+The whole dense model is loaded into host memory, quantized block by block on ``device``, and saved; the folder appears
+whole or not at all. (Rounding to nearest needs no calibration and no such memory: `flute.checkpoint.streaming`.)
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from ..checkpoint.atomic import Workplace, check_space, whole_file
+from ..checkpoint.plan import make_plan
+from ..config import ModelSpec
+from ..errors import CheckpointError, FluteError
+from ..integrations import folders
+from .calibration import token_windows
+from .model import MethodReport, Progress, quantize_model
+
+
+def quantize_folder(
+    source: Path,
+    out: Path,
+    record: ModelSpec,
+    texts: Mapping[str, str],
+    *,
+    method: str,
+    table: torch.Tensor | None = None,
+    samples: int = 64,
+    window: int = 512,
+    seed: int = 0,
+    device: str = "cpu",
+    force: bool = False,
+    progress: Progress = lambda name, weights: None,
+    version: str = "",
+) -> MethodReport:
+    """Quantize the model in ``source`` into the new folder ``out``.
+
+    Args:
+        source: a dense model, safetensors. out: the folder to make.
+        record: how; patterns allowed.
+        texts: name -> calibration text.
+        method, table: as in `quantize_model`.
+        samples, window, seed: of the calibration windows, see `token_windows`.
+        device: where the arithmetic is done; float32, but for what comes before the blocks on a GPU.
+        force: replace an existing checkpoint.
+
+    Raises:
+        FluteError: one line; ``out`` is then as it was.
+    """
+    plan = make_plan(source, folders.architecture(source, record, check_names=True), record)
+    if not plan.weights:
+        raise FluteError(f"{source}: no layer is left to quantize; see --skip, and flute inspect for the names")
+    options = {"method": method, "samples": samples, "window": window, "seed": seed, "flute": version}
+    with Workplace(Path(out).expanduser().absolute(), plan.fingerprint(**options), force=force) as work:
+        try:
+            check_space(work.root, plan.nbytes)
+            model, tokenizer = folders.load(folders.Found(source), dtype=torch.float32 if device == "cpu" else None)
+            windows = token_windows(tokenizer, texts, samples=samples, length=window, seed=seed)
+            report = quantize_model(
+                model,
+                record,
+                windows,
+                method=method,
+                table=table,
+                dtype=plan.scale_dtype,
+                device=device,
+                progress=progress,
+            )
+            if len(windows) < samples:
+                report.notes.append(
+                    f"the text holds {len(windows)} windows of {window} tokens, {samples} were asked for"
+                )
+            model.save_pretrained(work.folder)
+            for name in plan.small_files:
+                with open(source / name, "rb") as file, whole_file(work.folder / name) as target:
+                    shutil.copyfileobj(file, target)
+        except OSError as error:
+            raise CheckpointError(f"{work.folder} cannot be written: {error.strerror or error}; make room") from error
+        except FluteError:
+            work.discard()  # data and weights will be no better next time
+            raise
+        work.finish()
+    return report
