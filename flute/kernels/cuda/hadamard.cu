@@ -192,8 +192,8 @@ __device__ __forceinline__ void last_columns(Word* y, int left) {
       if (LAST_ITEMS % (THREADS * LAST_GROUP) && item >= LAST_ITEMS) break;
 #pragma unroll
       for (int h = 0; h < HIGH; ++h) {
-        if (BATCH > 1 && word + h * 16 >= left) break;
-        y[word + h * 16] = round_once(v[g][h].x * scale, v[g][h].y * scale);
+        const Word rounded = round_once(v[g][h].x * scale, v[g][h].y * scale);
+        if (BATCH == 1 || word + h * 16 < left) y[word + h * 16] = rounded;
       }
     }
   }
@@ -218,8 +218,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const u64 first = (u64)(blockIdx.x / SPLIT) * (PAIRS * SPLIT);
   const int left = words - first < PAIRS ? (int)(words - first) : PAIRS;  // asked for only where SPLIT is 1
 #if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  // The next launch comes in when the one before is over: sooner, and its blocks would gather where that left room.
   asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 #if SPLIT > 1
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");  // all blocks of the cluster have begun
