@@ -146,6 +146,8 @@ def tiling(
     if stages < max(2, ways):
         return None
     boxes = min((room - stages * slot) // box, 2 * stages, 12)
+    if ways > 1:
+        boxes -= boxes % (2 * ways)  # a slot of x serves one way only, see matmul.cu
     if boxes < max(3, 2 * ways) or sums > boxes * box + stages * slot:
         return None
     at_once = (together if split * ways > 1 else gpu.sms) * per_sm

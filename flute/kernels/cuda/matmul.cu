@@ -10,7 +10,10 @@
 //     codes ring   CODE_STAGES slots of one chunk: row tiles x [CHUNK_BYTES], then row tiles x scale sets x [32]
 //     x ring       X_BOXES boxes of 64 k x TOKENS, 128 bytes a token, in the 128-byte swizzle wgmma reads
 //
-// Each slot has two barriers, "full" (bytes have arrived) and "empty" (its readers are done).
+// Each slot has two barriers, "full" (bytes have arrived) and "empty" (its readers are done). A wait knows only whether a
+// slot's use is odd or even, and boxes may arrive out of order: a way that has not waited for one use would take its
+// absence for the presence of the next. So a slot of x serves the boxes of one way only (X_BOXES is a multiple of 2 WAYS;
+// tests/test_rings.py tries all orders). Codes arrive in order: a thread's arrival stands for all its copies so far.
 //
 // K is shared in two ways: among WAYS groups of warps (chunk after chunk in turn) and among the `split` blocks of a
 // cluster (contiguous slices). Then partial sums meet in shared memory, which the rings have left free, and are added
@@ -41,6 +44,7 @@ constexpr int BARRIERS_AT = CODES + CODE_STAGES * CODE_BYTES;
 constexpr int SUMS = GROUPED ? BARRIERS_AT + (8 * BARRIERS + 15) / 16 * 16 : RINGS;
 constexpr int EXPERTS_AT = SUMS + (WAYS > 1 ? GROUPS * TOKENS * 256 : 0);
 
+static_assert(WAYS == 1 || X_BOXES % (2 * WAYS) == 0, "each slot of x belongs to one way");
 static_assert(GROUPED || GROUPS * TOKENS * 256 <= BARRIERS_AT - RINGS, "partial sums must fit where the rings were");
 
 struct __align__(64) TensorMap {
