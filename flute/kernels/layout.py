@@ -181,7 +181,8 @@ def device_header(bits: int) -> str:
     """
     words = _LANE_WORDS[bits]
     lines = [
-        f"constexpr int CHUNK_K = {CHUNK_K}, LANE_WORDS = {words}, LOOKUP_WORDS = {4 if bits == 2 else 8};",
+        f"[[maybe_unused]] constexpr int LANE_WORDS = {words};",
+        f"constexpr int CHUNK_K = {CHUNK_K}, LOOKUP_WORDS = {4 if bits == 2 else 8};",
         f"constexpr int TILE_ROWS = {TILE_ROWS}, BLOCK_K = {_BLOCK_K}, CHUNK_BYTES = {chunk_bytes(bits)};",
         "__device__ __forceinline__ void left_over_words([[maybe_unused]] unsigned (&w)[LOOKUP_WORDS]) {",
     ]

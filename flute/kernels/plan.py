@@ -29,6 +29,7 @@ _MAX_WARPS = {
     (1, 1, 2): 12, (1, 2, 2): 8, (2, 1, 2): 8,
 }  # fmt: skip
 _SPILLING = {(4, 2, 1, 32), (1, 1, 2, 32)}  # the same and the group block: these would spill after all
+_SPILLING_RINGS = {(2, 1, 1, 2, 6)}  # bits, the same, and stages: with the wide table; the compact one has them
 _MOST_STAGES = {1: 8, 2: 6}  # by blocks per SM, likewise
 _TOKEN_TILES = (1, 2, 4)
 CLUSTER_SIZES = (1, 2, 3, 4, 8)  # asked of the driver; the decode kernel uses powers of two
@@ -213,7 +214,7 @@ def _candidate(
     exchange = 2 * warps * row_tiles * token_tiles * 512 + 256 if participants > 1 and gpu.has_clusters else 0
     fixed = table_bytes(bits, wide) + exchange + tokens * pitch
     stages = next((s for s in (wanted, 3) if fixed + warps * s * slot <= room), 0)
-    if stages == 0:
+    if stages == 0 or (wide and (bits, *kind, stages) in _SPILLING_RINGS):
         return None
     shared = fixed + warps * stages * slot
     if per_sm == 1:  # two to an SM: all SMs alike, or the next launch's blocks would gather where there is room
