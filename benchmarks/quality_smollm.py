@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import json
 import platform
 import sys
 import tempfile
@@ -38,6 +39,7 @@ from flute.config import ModelSpec
 from flute.evaluate.perplexity import context_length, encode, perplexity
 from flute.evaluate.speed import generate
 from flute.integrations import folders
+from flute.methods import Learning
 from flute.methods.folder import quantize_folder
 from flute.spec import QuantSpec
 
@@ -57,7 +59,7 @@ METHODS = {
     )
     for bits in (4, 3, 2)
     for method, table, vector in (
-        *((name, f"nf{bits}", 1) for name in ("rtn", "gptq", "awq", "awq+gptq")),
+        *((name, f"nf{bits}", 1) for name in ("rtn", "gptq", "awq", "awq+gptq", "nfl")),
         ("best", "custom", 2),
     )
 }
@@ -65,6 +67,7 @@ COLUMNS = (
     *("weights", "bits_per_weight", "bytes", "perplexity", "tokens", "windows", "seq_len", "bos", "tokens_per_second"),
     *("device", "machine", "threads", "c_kernel", "arithmetic", "flute", "torch", "transformers", "python", "date"),
     *("model", "text", "method", "calibration", "samples", "window", "quantize_seconds", "peak_bytes"),
+    *("loss_before", "loss_after"),
 )
 HEADER = ["weights", "bits/weight", "MB", "perplexity", "tokens/s"]
 PROMPT = "The city of"
@@ -85,18 +88,23 @@ def calibrated(source: Path, out: Path, name: str, options: argparse.Namespace) 
         quantized(source, out, spec)
         return {"method": method}
     texts = {str(path): read_text(path) for path in options.calibration}
+    learning = Learning(**json.loads(options.learning)) if method == "nfl" else None
     with progress_bar(0, "w", quiet=False, scale=True) as bar:
         report = quantize_folder(
             source, out, ModelSpec(spec), texts, method=method, samples=options.samples, window=options.window,
             device=options.device, progress=lambda layer, weights: bool(bar.update(weights)),
+            learning=learning, on_step=lambda done, total, loss: print(done, total, loss, file=sys.stderr, flush=True),
         )  # fmt: skip
     return {
-        "method": method,
+        "method": method if learning is None else f"{method} {options.learning}",
         "calibration": " ".join(path.name for path in options.calibration),
         "samples": options.samples,
         "window": options.window,
         "quantize_seconds": round(report.seconds, 1),
         "peak_bytes": peak_bytes(options.device),
+        **(
+            {} if report.learned is None else {"loss_before": report.learned.before, "loss_after": report.learned.after}
+        ),
     }
 
 
@@ -216,6 +224,7 @@ def main() -> None:
     parser.add_argument("--calibration", nargs="*", type=Path, default=[], help="texts to calibrate with")
     parser.add_argument("--samples", type=int, default=64, help="windows of calibration text")
     parser.add_argument("--window", type=int, default=512, help="tokens in such a window")
+    parser.add_argument("--learning", default="{}", help="for nfl: fields of flute.methods.Learning, as JSON")
     parser.add_argument("--label", help="what to call the model in the results")
     parser.add_argument("--output", type=Path, help="the CSV; default benchmarks/results/quality_smollm_DEVICE.csv")
     options = parser.parse_args()

@@ -74,6 +74,21 @@ def nearest(unit: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return torch.cat(best).view(*unit.shape[:-1], unit.shape[-1] // 2)
 
 
+def spread(scales: torch.Tensor, group: int, width: int) -> torch.Tensor:
+    """Scales (N, G) -> float32 (N, K), one for each weight."""
+    return scales.float().repeat_interleave(group, dim=1)[:, :width]
+
+
+def sum_by_code(values: torch.Tensor, codes: torch.Tensor, entries: int) -> torch.Tensor:
+    """Sums float64 (E, v) of values (P, v) by their codes (P,), in an order that is the same on every run."""
+    total = torch.zeros(entries, values.shape[1], dtype=torch.float64, device=values.device)
+    if not values.is_cuda:
+        return total.index_add_(0, codes, values.double())
+    for entry in range(entries):  # scattered additions on a GPU come in any order
+        total[entry] = (values * (codes == entry).unsqueeze(-1)).sum(0, dtype=torch.float64)
+    return total
+
+
 def _nearest(grouped: torch.Tensor, scale: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """Codes int64 of the nearest table entries: (N, G, g) scalars, or (N, G, g/2) when the table holds pairs."""
     safe = torch.where(scale == 0, torch.ones_like(scale), scale)

@@ -125,7 +125,7 @@ def test_quantize_says_what_it_did(dense: Path, tmp_path: Path, capsys: pytest.C
     assert err == ""  # no bar where stderr is no terminal
 
 
-@pytest.mark.parametrize(("method", "table"), [("awq+gptq", "nf3"), ("best", "customx2")])
+@pytest.mark.parametrize(("method", "table"), [("awq+gptq", "nf3"), ("best", "customx2"), ("nfl", "nf3")])
 def test_a_calibrated_method(
     method: str, table: str, dense: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,7 +138,10 @@ def test_a_calibrated_method(
     figures = json.loads(out)
     assert codes == [(0, "")] * 2 and bytes_written[0] == bytes_written[1]
     assert [layer["spec"] for layer in figures["method_layers"]] == [f"{table} 3bit g64"] * 14
-    assert all(0 < layer["error"] < 1 for layer in figures["method_layers"])
+    if method == "nfl":
+        assert figures["learned"]["after"] <= figures["learned"]["before"] and figures["learned"]["steps"] > 0
+    else:
+        assert all(0 < layer["error"] < 1 for layer in figures["method_layers"])
     assert (tmp_path / "one" / "tokenizer.json").read_bytes() == (dense / "tokenizer.json").read_bytes()
     assert folders.validate(tmp_path / "one").bits_per_weight > 3
     assert not list(tmp_path.glob("*.partial"))
@@ -153,6 +156,7 @@ def test_a_calibrated_method(
         (["--method", "rtn", "--calibration", "TEXT"], "not used by --method rtn"),
         (["--method", "gptq", "--calibration", "TEXT", "--scale", "mse"], "--scale mse is for --method rtn"),
         (["--method", "nice"], "use rtn, gptq"),
+        (["--method", "nfl", "--calibration", "TEXT", "--lr", "0"], "lr=0.0"),
     ],
 )
 def test_calibration_that_cannot_serve_is_one_line(

@@ -17,7 +17,7 @@ from flute.methods.calibration import check_windows
 from flute.methods.capture import Moments
 from flute.methods.hessian import DAMPING, damped, dense_target, inverse_factor, loss
 from flute.methods.recipes import solve
-from flute.quantize import quantize
+from flute.quantize import quantize, spread
 from flute.spec import QuantSpec
 from flute.tables import named_table
 
@@ -58,7 +58,7 @@ def test_without_correlation_it_is_rounding_to_nearest(spec: QuantSpec, table: A
     w = weights()
     made = quantize(w, spec, table=table, scale_dtype=torch.float16)
     values = (named_table(spec.table) if table is None else table).half().float()
-    wide = gptq.spread(made.scales, spec.group(144), 144)
+    wide = spread(made.scales, spec.group(144), 144)
     diagonal = (
         torch.rand(144, generator=torch.Generator().manual_seed(0)) + 0.5 if spec.vector_size == 1 else torch.ones(144)
     )
@@ -99,15 +99,15 @@ def test_no_step_of_refinement_raises_the_error(vector: int) -> None:
     codes, scales, table = begun.codes.long(), begun.scales, gptq.as_pairs(table)
 
     def error() -> float:
-        return float(loss(w - gptq.decode(codes, gptq.spread(scales, 40, 144), table), made.matrix).sum())
+        return float(loss(w - gptq.decode(codes, spread(scales, 40, 144), table), made.matrix).sum())
 
     errors = [error()]
     for _ in range(2):
         scales = refine.fit_scales(w, made.matrix, codes, scales, table, 40)
         errors.append(error())
-        table = refine.fit_table(w, made.matrix, codes, gptq.spread(scales, 40, 144), table, torch.float16)
+        table = refine.fit_table(w, made.matrix, codes, spread(scales, 40, 144), table, torch.float16)
         errors.append(error())
-        codes = refine.sweep_codes(w, made.matrix, codes, gptq.spread(scales, 40, 144), table)
+        codes = refine.sweep_codes(w, made.matrix, codes, spread(scales, 40, 144), table)
         errors.append(error())
     assert all(after <= before * (1 + 1e-6) for before, after in itertools.pairwise(errors))
     assert errors[-1] < 0.6 * errors[0]
@@ -126,7 +126,7 @@ def test_fitted_scales_and_table_are_the_least_squares_solution() -> None:
             basis[8 * g : 8 * g + 8, g] = table[codes[row, 8 * g : 8 * g + 8], 0].double()
         exact = torch.linalg.lstsq(root.T @ basis, root.T @ w[row].double()).solution
         torch.testing.assert_close(fitted[row].double(), exact, rtol=1e-3, atol=1e-4)
-    wide = gptq.spread(scales, 8, 24)
+    wide = spread(scales, 8, 24)
     basis = torch.stack([(root.T @ ((codes == entry) * wide).T.double()).flatten() for entry in range(4)], 1)
     exact = torch.linalg.lstsq(basis, (root.T @ w.T.double()).flatten()).solution
     found = refine.fit_table(w, made.matrix, codes, wide, table, torch.float32)

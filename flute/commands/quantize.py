@@ -41,7 +41,9 @@ def quantize(
     table: Annotated[
         str | None, typer.Option(help="int4, fp4, nf4, ... or a JSON file of numbers or of pairs. Left out: nf<bits>.")
     ] = None,
-    method: Annotated[str, typer.Option(help="rtn, gptq, awq, awq+gptq or best; all but rtn are calibrated.")] = "rtn",
+    method: Annotated[
+        str, typer.Option(help="rtn, gptq, awq, awq+gptq, best or nfl; all but rtn are calibrated.")
+    ] = "rtn",
     scale: Annotated[str, typer.Option(help="For rtn: absmax, or mse: search for the least squared error.")] = "absmax",
     calibration: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="A UTF-8 text to calibrate with; may be repeated.")
@@ -49,6 +51,14 @@ def quantize(
     samples: Annotated[int, typer.Option(min=1, help="Windows of calibration text.")] = 64,
     window: Annotated[int, typer.Option(min=2, help="Tokens in such a window.")] = 512,
     seed: Annotated[int, typer.Option(help="Which windows are drawn.")] = 0,
+    epochs: Annotated[int, typer.Option(min=1, help="For nfl: passes over the windows.")] = 2,
+    lr: Annotated[float, typer.Option(help="For nfl: first step, in units of a layer's mean scale.")] = 5e-3,
+    objective: Annotated[
+        str, typer.Option(help="For nfl: kl (to the dense model), nll (of the text), or block after block.")
+    ] = "kl",
+    learn_table: Annotated[
+        bool, typer.Option("--learn-table", help="For nfl: a table per layer, learned too.")
+    ] = False,
     skip: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="Leave layers dense: a name, a glob, or re:...")
     ] = None,
@@ -66,17 +76,18 @@ def quantize(
 ) -> None:
     """Quantize MODEL and write a checkpoint that any GPU, and transformers itself, can load.
 
-    Method rtn holds one shard in memory, and goes on where it was when a killed run is repeated. The calibrated methods
-    hold the dense model. Method best learns a table per layer unless --table names one; docs/quality.md says more.
+    Methods rtn, which holds one shard in memory, and nfl go on where they were when a killed run is repeated. The
+    calibrated methods hold the dense model. Method best learns a table per layer unless --table names one;
+    docs/quality.md says more.
     """
     check_method(method, calibration or [], scale)
     table_values, record = model_spec(
         bits, group_size, table, skip or [], override or [], lm_head=lm_head, learned=method == "best"
     )
     from ..checkpoint.atomic import refuse_existing
+    from ..methods.learn import Learning
 
-    output = output.expanduser().absolute()
-    refuse_existing(output, force=force)
+    refuse_existing(output := output.expanduser().absolute(), force=force)
     check_device(device)
     texts = {str(path): read_text(path) for path in calibration or []}
     quiet_libraries(threads)
@@ -84,7 +95,9 @@ def quantize(
     if method == "rtn":
         figures = _run(model, output, record, {**options, "scale": scale}, None, quiet=quiet)
     else:
+        learning = Learning(epochs, lr, objective=objective, learn_table=learn_table, seed=seed)
         options |= {"method": method, "samples": samples, "window": window, "seed": seed}
+        options |= {"learning": learning} if method == "nfl" else {}
         figures = _run(model, output, record, options, texts, quiet=quiet)
     if as_json:
         print_json(figures)
@@ -134,6 +147,9 @@ def _print_layers(figures: dict[str, Any]) -> None:
     for layer in figures["method_layers"]:
         if layer["note"]:
             print(f"{layer['name']}: {layer['note']}")
+    if "learned" in figures:
+        learned = figures["learned"]
+        print(f"calibration loss {learned['before']:.4f} -> {learned['after']:.4f} at step {learned['best_step']}")
     for line in figures["notes"]:
         print(line)
 
@@ -180,12 +196,20 @@ def _run(
                 bar.set_postfix_str(name, refresh=False)
                 bar.update(weights)
 
+            def on_step(done: int, total: int, loss: float) -> None:
+                steps.total = total
+                steps.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+                steps.update(done - steps.n)
+
             if texts is None:
                 more["resumed"] = streaming.run(plan, output, progress=progress, **options)
             else:
-                made = quantize_folder(source, output, record, texts, progress=progress, **options)
+                with progress_bar(0, "step", quiet=quiet or "learning" not in options) as steps:
+                    made = quantize_folder(source, output, record, texts, progress=progress, on_step=on_step, **options)
                 more["method_layers"] = [{**asdict(layer), "spec": str(layer.spec)} for layer in made.layers]
                 more["notes"] = made.notes
+                if made.learned is not None:
+                    more["learned"] = asdict(made.learned)
         report = folders.validate(output)
         return {
             "output": str(output),

@@ -20,6 +20,7 @@ from torch import nn
 
 from .. import __version__
 from ..errors import FluteError, IntegrationError
+from ..learned import LearnedLinear
 from ..linear import LutLinear
 from ..quantize import Quantized, dequantize, quantize
 from ..spec import QuantSpec
@@ -46,7 +47,7 @@ def prepare_model_flute(
     default_bnb_dtype: torch.dtype | None = None,
     custom_scales_dict: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Quantize every nn.Linear below ``module``, in place.
+    """Quantize every nn.Linear below ``module``, in place; layers from `learn_scales` with the scales learned.
 
     Args:
         name: the name of ``module`` in its model; prefix of the names in messages and in ``custom_scales_dict``.
@@ -76,14 +77,17 @@ def prepare_model_flute(
                     "load the model without bitsandbytes, or pass prepare_bnb_layers=False to leave such layers alone"
                 )
             continue
-        if type(child) is not nn.Linear or not child_name:
+        if type(child) not in (nn.Linear, LearnedLinear) or not child_name:
             continue
         hook = release_hook(full_name, child) if handle_hooks else None
         if child.weight.is_meta:
             raise IntegrationError(
                 f"layer {full_name!r} is offloaded; pass handle_hooks=True, or load the model without it"
             )
-        made = _quantized(full_name, child, spec, scales.pop(full_name, None), fake)
+        if isinstance(child, LearnedLinear):
+            made = _learned(full_name, child, spec, fake)
+        else:
+            made = _quantized(full_name, child, spec, scales.pop(full_name, None), fake)
         made.train(child.training)
         module.set_submodule(child_name, made)
         attach_hook(made, hook)
@@ -111,6 +115,20 @@ def _quantized(name: str, linear: nn.Linear, spec: QuantSpec, scales: torch.Tens
     layer = LutLinear(linear.in_features, linear.out_features, spec, device=weight.device, dtype=weight.dtype)
     layer.bias = linear.bias
     return layer.store(made)
+
+
+def _learned(name: str, layer: LearnedLinear, spec: QuantSpec, fake: bool) -> nn.Linear:
+    if layer.spec != spec:
+        raise IntegrationError(
+            f"layer {name!r}: its scales were learned for {layer.spec}, not for {spec}; give the same"
+        )
+    made = layer.finished(layer.weight.dtype)
+    if not fake:
+        return made
+    linear = nn.Linear(1, 1, device="meta")
+    linear.in_features, linear.out_features, linear.bias = layer.in_features, layer.out_features, layer.bias
+    linear.weight = nn.Parameter(made.dequantize(), requires_grad=False)
+    return linear
 
 
 def _with_scales(name: str, weight: torch.Tensor, spec: QuantSpec, scales: torch.Tensor) -> Quantized:

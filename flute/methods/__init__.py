@@ -10,10 +10,13 @@
 ``gptq``         rounding with error feedback, any table
 ``refine``       codes, scales and table in turns
 ``codebook``     a table of a layer's own
+``learn``        scales by gradient descent, through the whole model or block by block
+``progress``     the state of that on the disk
 """
 
 from .calibration import token_windows
+from .learn import Learned, Learning
 from .model import LayerResult, MethodReport, quantize_model
 from .recipes import RECIPES, Recipe
 
-__all__ = ["RECIPES", "LayerResult", "MethodReport", "Recipe", "quantize_model", "token_windows"]
+__all__ = ["RECIPES", "LayerResult", "Learned", "Learning", "MethodReport", "Recipe", "quantize_model", "token_windows"]

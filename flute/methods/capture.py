@@ -58,9 +58,9 @@ def find_stack(model: nn.Module, names: Iterable[str]) -> str:
     return best
 
 
-def batches(windows: torch.Tensor) -> list[torch.Tensor]:
-    """Windows (S, L) in equal batches of about 2048 tokens, so that one recorded call fits them all."""
-    size = max(1, min(len(windows), _TOKENS_AT_ONCE // windows.shape[1]))
+def batches(windows: torch.Tensor, tokens: int = _TOKENS_AT_ONCE) -> list[torch.Tensor]:
+    """Windows (S, L) in equal batches of about ``tokens`` tokens, so that one recorded call fits them all."""
+    size = max(1, min(len(windows), tokens // windows.shape[1]))
     while len(windows) % size:
         size -= 1
     return list(windows.split(size))
@@ -205,11 +205,16 @@ def linear_of(block: nn.Module, name: str) -> nn.Linear:
     return linear
 
 
+def block_output(block: nn.Module, hidden: torch.Tensor, call: Call) -> torch.Tensor:
+    """The block's hidden state (B, L, D), with gradients."""
+    output = block(hidden, *call.arguments, **call.keywords)
+    return output[0] if isinstance(output, tuple) else output
+
+
 @torch.no_grad()
 def run_block(block: nn.Module, hidden: torch.Tensor, call: Call) -> torch.Tensor:
     """The block's hidden state (B, L, D)."""
-    output = block(hidden, *call.arguments, **call.keywords)
-    return output[0] if isinstance(output, tuple) else output
+    return block_output(block, hidden, call)
 
 
 @torch.no_grad()

@@ -11,11 +11,9 @@ from typing import NamedTuple
 
 import torch
 
-from ..quantize import nearest, quantize
+from ..quantize import nearest, quantize, spread, sum_by_code
 from ..spec import CUSTOM_TABLE, QuantSpec
 from ..tables import named_table
-from .gptq import spread
-from .refine import sum_by_code
 
 _ROUNDS, _LLOYD = 2, 10
 _SAMPLE = 1 << 16  # points that k-means looks at

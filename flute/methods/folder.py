@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,6 +20,7 @@ from ..config import ModelSpec
 from ..errors import CheckpointError, FluteError
 from ..integrations import folders
 from .calibration import token_windows
+from .learn import Learning, OnStep
 from .model import MethodReport, Progress, quantize_model
 
 
@@ -35,6 +38,8 @@ def quantize_folder(
     device: str = "cpu",
     force: bool = False,
     progress: Progress = lambda name, weights: None,
+    learning: Learning | None = None,
+    on_step: OnStep = lambda done, total, loss: None,
     version: str = "",
 ) -> MethodReport:
     """Quantize the model in ``source`` into the new folder ``out``.
@@ -47,6 +52,7 @@ def quantize_folder(
         samples, window, seed: of the calibration windows, see `token_windows`.
         device: where the arithmetic is done; float32, but for what comes before the blocks on a GPU.
         force: replace an existing checkpoint.
+        learning, on_step: as in `quantize_model`; a killed run goes on where it was when it is repeated.
 
     Raises:
         FluteError: one line; ``out`` is then as it was.
@@ -54,7 +60,9 @@ def quantize_folder(
     plan = make_plan(source, folders.architecture(source, record, check_names=True), record)
     if not plan.weights:
         raise FluteError(f"{source}: no layer is left to quantize; see --skip, and flute inspect for the names")
-    options = {"method": method, "samples": samples, "window": window, "seed": seed, "flute": version}
+    options: dict[str, Any] = {"method": method, "samples": samples, "window": window, "seed": seed, "flute": version}
+    if learning is not None:
+        options["learning"] = asdict(learning)
     with Workplace(Path(out).expanduser().absolute(), plan.fingerprint(**options), force=force) as work:
         try:
             check_space(work.root, plan.nbytes)
@@ -69,6 +77,9 @@ def quantize_folder(
                 dtype=plan.scale_dtype,
                 device=device,
                 progress=progress,
+                learning=learning,
+                state=work.root / "learning",
+                on_step=on_step,
             )
             if len(windows) < samples:
                 report.notes.append(

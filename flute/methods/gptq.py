@@ -27,11 +27,6 @@ from .hessian import Damped, inverse_factor
 BLOCK = 128  # columns; even, so that no pair is cut
 
 
-def spread(scales: torch.Tensor, group: int, width: int) -> torch.Tensor:
-    """Scales (N, G) -> float32 (N, K), one for each weight."""
-    return scales.float().repeat_interleave(group, dim=1)[:, :width]
-
-
 def decode(codes: torch.Tensor, wide: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """W^ (N, K) float32 of codes (N, K / v), spread scales (N, K) and table (E, v)."""
     return table[codes].flatten(1) * wide

@@ -11,6 +11,7 @@ import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import nn
 from ..config import ModelSpec
 from ..errors import CalibrationError, IntegrationError
 from ..integrations.modules import check_patterns, choose
+from ..learned import learned_layers
 from ..linear import LutLinear
 from ..quantize import quantize
 from ..spec import CUSTOM_TABLE, QuantSpec
@@ -37,6 +39,7 @@ from .capture import (
     to_device,
 )
 from .codebook import learn_table
+from .learn import Learned, Learning, OnStep, learn_model
 from .recipes import RECIPES, Recipe, Solved, solve
 
 Progress = Callable[[str, int], None]  # name of a layer, and how many of its weights are now done
@@ -57,12 +60,13 @@ class LayerResult:
 
 @dataclass
 class MethodReport:
-    """Layers in order, what was folded or not, seconds in all."""
+    """Layers in order, what was folded or not, seconds in all; of method ``"nfl"`` what came of learning."""
 
     method: str
     layers: list[LayerResult] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    learned: Learned | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,9 @@ def quantize_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     progress: Progress = lambda name, weights: None,
+    learning: Learning | None = None,
+    state: Path | None = None,
+    on_step: OnStep = lambda done, total, loss: None,
 ) -> MethodReport:
     """Quantize a dense causal model of transformers in place; ``save_pretrained`` then writes a checkpoint of flute.
 
@@ -105,6 +112,7 @@ def quantize_model(
         dtype: of scales, tables and the finished model; default the model's own.
         device: where the arithmetic is done; default where the model is.
         progress: called after every layer.
+        learning, state, on_step: of method ``"nfl"``, see `learn.learn_model`.
 
     Raises:
         FluteError: a spec that does not fit, bad windows, NaN. The model is then partly quantized: load it anew.
@@ -127,7 +135,14 @@ def quantize_model(
     )  # fmt: skip
     was_training = model.training
     model.eval()
-    if recipe.calibrated:
+    if recipe.learns_scales:
+        if choice.experts:
+            raise IntegrationError(
+                f"{choice.experts[0]!r} is a stack of experts, whose scales cannot be learned; leave experts out "
+                "with a skip pattern, or use another method"
+            )
+        choice = choice._replace(specs=_learned(model, job, windows, learning or Learning(), state, on_step))
+    elif recipe.calibrated:
         _calibrated(model, job, windows)
     for name, each in choice.specs.items():
         if not isinstance(model.get_submodule(name), LutLinear):
@@ -158,6 +173,30 @@ def _head_dim(config: Any) -> int:
     """Channels of an attention head, 0 if the config does not tell."""
     heads = getattr(config, "num_attention_heads", None) or 0
     return getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+
+
+def _learned(
+    model: Any, job: _Job, windows: torch.Tensor | None, learning: Learning, state: Path | None, on_step: OnStep
+) -> dict[str, QuantSpec]:
+    """Learn scales and finish the layers; their specs, which a learned table changes."""
+    if windows is None:
+        raise CalibrationError(f"method {job.report.method!r} needs calibration windows; see token_windows")
+    home = model.device
+    model.to(job.device)
+    if model.dtype == torch.float16:
+        model.float()  # gradients in float16 underflow
+    job.report.learned = learn_model(
+        model, job.specs, windows, learning, table=job.table, dtype=job.dtype, state=state, on_step=on_step
+    )
+    specs = {}
+    for name, layer in learned_layers(model).items():
+        specs[name] = layer.stored_spec
+        model.set_submodule(name, layer.finished(job.dtype))
+        job.report.layers.append(LayerResult(name, specs[name], None, 0.0, 0.0))
+        job.progress(name, layer.weight.numel())
+    model.to(home)
+    job.report.notes += job.report.learned.notes
+    return specs
 
 
 def _calibrated(model: Any, job: _Job, windows: torch.Tensor | None) -> None:

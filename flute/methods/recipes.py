@@ -13,12 +13,12 @@ from typing import NamedTuple
 import torch
 
 from ..errors import QuantizeError
-from ..quantize import Quantized, quantize
+from ..quantize import Quantized, quantize, spread
 from ..spec import CUSTOM_TABLE, QuantSpec
 from ..tables import resolve_table
 from .capture import Moments
 from .codebook import learn_table
-from .gptq import as_pairs, decode, round_with_feedback, spread
+from .gptq import as_pairs, decode, round_with_feedback
 from .hessian import damped, dense_target, loss
 from .refine import fit_scales, fit_table, sweep_codes
 
@@ -36,6 +36,7 @@ class Recipe:
         rounds: of refining scales, learned table and codes.
         match_dense: share of the way from W to the dense target (see `hessian.dense_target`).
         learns_tables: a custom spec without a table gets one of its own per layer.
+        learns_scales: scales are learned by gradient descent instead of these steps; see `learn`.
     """
 
     summary: str
@@ -46,6 +47,7 @@ class Recipe:
     rounds: int = 0
     match_dense: float = 0.0
     learns_tables: bool = False
+    learns_scales: bool = False
 
 
 RECIPES = {
@@ -57,6 +59,7 @@ RECIPES = {
     "best": Recipe("a table per layer learned by k-means, gptq towards the dense model's outputs, then rounds of "
                    "refining scales, table and codes under the Hessian",
                    scale="mse", feedback=True, rounds=2, match_dense=1.0, learns_tables=True),
+    "nfl": Recipe("scales learned by gradient descent through the whole model", learns_scales=True),
 }  # fmt: skip
 
 

@@ -16,7 +16,8 @@ from collections.abc import Callable
 
 import torch
 
-from .gptq import BLOCK, corners, decode, round_unit, spread
+from ..quantize import spread, sum_by_code
+from .gptq import BLOCK, corners, decode, round_unit
 from .hessian import loss
 
 _ROWS_AT_ONCE = 1 << 24  # elements of scratch
@@ -148,13 +149,3 @@ def _gatherer(
         return sum_by_code((values * wide).view(-1, vector), codes.flatten(), entries)
 
     return gather
-
-
-def sum_by_code(values: torch.Tensor, codes: torch.Tensor, entries: int) -> torch.Tensor:
-    """Sums float64 (E, v) of values (P, v) by their codes (P,), in an order that is the same on every run."""
-    total = torch.zeros(entries, values.shape[1], dtype=torch.float64, device=values.device)
-    if not values.is_cuda:
-        return total.index_add_(0, codes, values.double())
-    for entry in range(entries):  # scattered additions on a GPU come in any order
-        total[entry] = (values * (codes == entry).unsqueeze(-1)).sum(0, dtype=torch.float64)
-    return total
