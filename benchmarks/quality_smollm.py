@@ -39,7 +39,7 @@ from flute.config import ModelSpec
 from flute.evaluate.perplexity import context_length, encode, perplexity
 from flute.evaluate.speed import generate
 from flute.integrations import folders
-from flute.methods import Learning
+from flute.methods import Learning, higgs_spec
 from flute.methods.folder import quantize_folder
 from flute.spec import QuantSpec
 
@@ -51,7 +51,10 @@ SPECS = {
     "fp4 g64": QuantSpec(4, 64, "fp4"),
     "nf3 g64": QuantSpec(3, 64, "nf3"),
     "nf2 g64": QuantSpec(2, 64, "nf2"),
+    **{f"higgs p={p} {bits}-bit g64": higgs_spec(bits, 64, vector_size=p) for bits in (4, 3, 2) for p in (1, 2)},
 }
+SEARCHED = " mse"  # at the end of a row's name: scales searched for the least squared error
+SPECS |= {name + SEARCHED: spec for name, spec in SPECS.items()}
 METHODS = {
     f"{method} {'pairs' if method == 'best' else f'nf{bits}'} {bits}-bit g64": (
         method,
@@ -74,10 +77,10 @@ PROMPT = "The city of"
 NEW_TOKENS, RUNS = 64, 5
 
 
-def quantized(source: Path, out: Path, spec: QuantSpec) -> Path:
+def quantized(source: Path, out: Path, spec: QuantSpec, scale: str = "auto") -> Path:
     """Make the checkpoint of ``spec``; returns its folder."""
     record = ModelSpec(spec)
-    streaming.run(make_plan(source, folders.architecture(source, record), record), out)
+    streaming.run(make_plan(source, folders.architecture(source, record), record), out, scale=scale)
     return out
 
 
@@ -235,14 +238,15 @@ def main() -> None:
     text = Path(options.text).read_text(encoding="utf-8")
     rows = read(output) if options.only or options.measure else {}
     with tempfile.TemporaryDirectory() as work, folders.dense_folder(folders.find(options.model), Path(work)) as source:
-        for name in options.only or ["dense", *names]:
+        for name in options.only or ["dense", *(name for name in names if not name.endswith(SEARCHED))]:
             folder, bits, more = source, 16.0, {}
             if name in METHODS:
                 folder = Path(work) / name.replace(" ", "-")
                 more = calibrated(source, folder, name, options)
                 bits = folders.validate(folder).bits_per_weight
             elif name != "dense":
-                folder = quantized(source, Path(work) / name.replace(" ", "-"), SPECS[name])
+                scale = "mse" if name.endswith(SEARCHED) else "auto"
+                folder = quantized(source, Path(work) / name.replace(" ", "-"), SPECS[name], scale)
                 bits = folders.validate(folder).bits_per_weight
             nbytes = sum(entry.nbytes for entry in read_headers(folder).values())
             figures = {"weights": name, "bits_per_weight": bits, "bytes": nbytes, **machine(options), **more}

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
@@ -35,7 +35,7 @@ QUANT_METHOD = "flute"
 FORMAT_VERSION = 1
 _SPEC_KEYS = tuple(f.name for f in fields(QuantSpec))
 _REQUIRED = ("quant_method", "format_version", "bits", "group_size", "table")
-_KEYS = (*_REQUIRED, "vector_size", "overrides", "modules_to_not_convert", "lm_head", "experts")
+_KEYS = (*_REQUIRED, "vector_size", "hadamard_size", "overrides", "modules_to_not_convert", "lm_head", "experts")
 _UPSTREAM_KEYS = ("num_bits", "num_sms_packed", "num_sms", "example_batch_size")
 
 
@@ -69,7 +69,12 @@ def changed(spec: QuantSpec, changes: Mapping[str, Any]) -> QuantSpec:
     """
     values = {**spec.to_dict(), **changes}
     if "table" not in changes and spec.table != CUSTOM_TABLE:
-        values["table"] = CUSTOM_TABLE if values["vector_size"] == 2 else f"{spec.table[:-1]}{values['bits']}"
+        family = spec.table[:-1]
+        if spec.unit_variance:
+            family = "gausspair" if values["vector_size"] == 2 else "gauss"
+        values["table"] = f"{family}{values['bits']}"
+        if values["vector_size"] == 2 and not spec.unit_variance:
+            values["table"] = CUSTOM_TABLE
     return QuantSpec.from_dict(values)
 
 
@@ -167,11 +172,11 @@ class ModelSpec:
             dense: exact names of every linear module that was not.
             experts: whether there are stacked experts among ``quantized``.
         """
-        default = self.spec.to_dict()
+        default = asdict(self.spec)
         overrides = {}
         for name, spec in quantized.items():
             if spec != self.spec:
-                overrides[name] = {key: value for key, value in spec.to_dict().items() if value != default[key]}
+                overrides[name] = {key: value for key, value in asdict(spec).items() if value != default[key]}
         return ModelSpec(self.spec, overrides, tuple(dense), self.lm_head, experts)
 
     # ---- JSON ------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from .kernels import grouped, layout
+from .kernels.hadamard import hadamard
 from .packing import pack_codes
 from .quantize import quantize
 from .spec import CUSTOM_TABLE, QuantSpec
@@ -100,7 +101,8 @@ class LutExperts(nn.Module):
         spec, dtype = self.specs[role], scales.dtype
         if torch.is_autocast_enabled(x.device.type) and dtype == torch.float32:
             dtype = torch.get_autocast_dtype(x.device.type)
-        given = (x.to(dtype), weight, scales.to(dtype), table.to(dtype), None, ends)
+        x = hadamard(x.to(dtype), spec.hadamard_size) if spec.hadamard_size else x.to(dtype)
+        given = (x, weight, scales.to(dtype), table.to(dtype), None, ends)
         return torch.ops.flute.lut_grouped_linear(*given, self.shapes[role][0], spec.bits, spec.group_size)
 
     # ---- weights -----------------------------------------------------------------------------------------------------
@@ -117,7 +119,7 @@ class LutExperts(nn.Module):
         dense: torch.Tensor,
         *,
         table: torch.Tensor | None = None,
-        scale: str = "absmax",
+        scale: str = "auto",
         name: str = "",
     ) -> None:
         """Quantize W1 or W2, (E, N, K), and take the result; tables and scales get the dense dtype.
@@ -135,12 +137,13 @@ class LutExperts(nn.Module):
         self.arrange()
 
     def dequantize(self, role: str) -> torch.Tensor:
-        """W1 or W2 in the dtype of its scales, (E, N, K), as the kernels see it."""
+        """W1 or W2 in the dtype of its scales, (E, N, K), as the kernels see it; rotated back, where it is rotated."""
         weight, scales, table = (getattr(self, f"{role}_{part}") for part in ("proj", "scales", "table"))
         spec = self.specs[role]
         sizes = (*self.shapes[role], spec.bits, spec.group_size)
         parts = zip(weight, scales, strict=True)
-        return torch.stack([torch.ops.flute.dequantize(*part, table.to(scales.dtype), *sizes) for part in parts])
+        stack = torch.stack([torch.ops.flute.dequantize(*part, table.to(scales.dtype), *sizes) for part in parts])
+        return hadamard(stack, spec.hadamard_size) if spec.hadamard_size else stack
 
     # ---- where the codes lie -----------------------------------------------------------------------------------------
 

@@ -29,32 +29,10 @@ from functools import cache
 
 import torch
 
+from .blocks import FACTORS, MOST, largest_block, split
 from .errors import OperatorError
 
-FACTORS = (12, 20, 28)
-MOST = 32768  # the largest block
-
-
-def split(size: int) -> tuple[int, int]:
-    """(m, k) with size = m 2^k, m = 1 or one of `FACTORS`.
-
-    Raises:
-        OperatorError: there is no such pair, or the size is beyond `MOST`.
-    """
-    for factor in (1, *FACTORS):
-        power, rest = divmod(size, factor)
-        if 0 < size <= MOST and rest == 0 and power & (power - 1) == 0:
-            return factor, power.bit_length() - 1
-    raise OperatorError(
-        f"flute.hadamard: block_size={size}; a block is 2^k, 12 * 2^k, 20 * 2^k or 28 * 2^k, from 1 to {MOST}"
-        + (f"; {size} can be cut into blocks of {largest_block(size)}" if size > 0 else "")
-    )
-
-
-def largest_block(features: int) -> int:
-    """The largest block size that divides ``features`` (positive)."""
-    sizes = (factor << k for factor in (1, *FACTORS) for k in range(MOST.bit_length()))
-    return max(size for size in sizes if size <= MOST and features % size == 0)
+__all__ = ["FACTORS", "MOST", "conference", "largest_block", "matrix", "split", "transform"]
 
 
 def _field(q: int) -> list[list[int]]:

@@ -1,5 +1,8 @@
 """`LutLinear`: an nn.Linear whose weight is codes, scales and a table.
 
+With ``spec.hadamard_size`` these stand for the rotated weight W H, and x is rotated before the product:
+x W^T = (x H) (W H)^T.
+
 It *is* an ``nn.Linear`` with a parameter called ``weight``, because that is what PEFT, accelerate and loaders look for;
 only the weight is uint8 codes and no gradient goes to it. On a GPU the codes and scales lie in kernel order, anywhere
 else in the checkpoint's order; moving the module converts them, and a state dict always shows the checkpoint's order,
@@ -15,6 +18,7 @@ import torch
 from torch import nn
 
 from .kernels import layout, ops
+from .kernels.hadamard import hadamard
 from .packing import pack_codes
 from .quantize import Quantized, quantize
 from .spec import CUSTOM_TABLE, QuantSpec
@@ -77,7 +81,7 @@ class LutLinear(nn.Linear):
         spec: QuantSpec,
         *,
         table: torch.Tensor | None = None,
-        scale: str = "absmax",
+        scale: str = "auto",
         name: str = "linear",
     ) -> LutLinear:
         """Quantize a dense layer; the result lies on the same device with the same dtype and bias."""
@@ -119,16 +123,19 @@ class LutLinear(nn.Linear):
             scales, table = scales.to(dtype), table.to(dtype)
         if bias is not None and bias.dtype != dtype:
             bias = bias.to(dtype)
+        if spec.hadamard_size:
+            x = hadamard(x, spec.hadamard_size)
         # under tensor parallelism these are this rank's rows and out_features is the sum over ranks
         rows = self.out_features if weight.dim() == 3 else weight.shape[0]
         return ops.apply(x, weight, scales, table, bias, rows, spec.bits, spec.group_size)
 
     def dequantize(self) -> torch.Tensor:
-        """The weight (N, K) in the dtype of the scales, as the kernels see it."""
+        """The weight (N, K) in the dtype of the scales, as the kernels see it; rotated back, where it is rotated."""
         scales, table, spec = self.scales, self.table, self.spec
-        return torch.ops.flute.dequantize(
+        weight = torch.ops.flute.dequantize(
             self.weight, scales, table.to(scales.dtype), self.out_features, self.in_features, spec.bits, spec.group_size
         )
+        return hadamard(weight, spec.hadamard_size) if spec.hadamard_size else weight
 
     # ---- where the codes lie -----------------------------------------------------------------------------------------
 

@@ -9,6 +9,12 @@ weights, ``vector_size`` 2) becomes the index of a table entry::
 is the usual absmax for tables that reach equally far on both sides. ``mse`` tries a fan of smaller scales and keeps,
 group by group, the one with the least squared error: clipping a rare large weight often costs less than coarser steps.
 
+``rms`` is the root mean square of the group, which tables made for variance 1 want (with them, the fan of ``mse`` is
+around it). ``auto`` is ``rms`` for those tables and ``absmax`` for all others.
+
+A spec with ``hadamard_size`` n stores W H instead of W, every n neighbours along K rotated (`flute.hadamard`); since
+H = H^T = H^-1, decoding rotates once more and gives W^ back.
+
 Scales are rounded to their storage dtype *before* codes are chosen, so codes are the nearest for the scale that will be
 used. A value exactly between two table entries takes the lower one. A group of zeros gets scale 0 and decodes to 0.
 """
@@ -20,11 +26,13 @@ from typing import NamedTuple
 import torch
 
 from .errors import QuantizeError
+from .hadamard import transform
 from .spec import QuantSpec
 from .tables import resolve_table
 
-SCALE_METHODS = ("absmax", "mse")
-_MSE_FAN = tuple(1.0 - 0.02 * step for step in range(31))  # 1.00, 0.98 .. 0.40 of the covering scale
+SCALE_METHODS = ("auto", "absmax", "rms", "mse")
+_MSE_FAN = tuple(1.0 - 0.02 * step for step in range(31))  # 1.00, 0.98 .. 0.40 of the covering scale,
+_WIDEST = 1.4  # or, for tables made for variance 1, of so many root mean squares
 _ROWS_AT_ONCE_ELEMENTS = 1 << 23  # bound on float32 scratch: a slice of rows of about 32 MB
 
 
@@ -50,6 +58,14 @@ def _covering_scale(grouped: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     if low <= 0 or high <= 0:  # a one-sided table: cover what it can reach
         return torch.maximum(above, below) / max(high, low)
     return torch.maximum(above / high, below / low)
+
+
+def _rms(grouped: torch.Tensor, width: int) -> torch.Tensor:
+    """(N, G, g) -> (N, G): root mean squares; zeros that fill the short last group do not count."""
+    group = grouped.shape[-1]
+    counts = torch.full((grouped.shape[1],), group, device=grouped.device)
+    counts[-1] = width - group * (grouped.shape[1] - 1)
+    return (grouped.square().sum(-1) / counts).sqrt()
 
 
 def _round_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -145,7 +161,7 @@ def quantize(
     spec: QuantSpec,
     *,
     table: torch.Tensor | None = None,
-    scale: str = "absmax",
+    scale: str = "auto",
     scale_dtype: torch.dtype | None = None,
     importance: torch.Tensor | None = None,
     name: str = "weight",
@@ -156,16 +172,18 @@ def quantize(
         weight: (N, K), any float dtype, any device.
         spec: bits, group size, table and vector size.
         table: the custom table, when ``spec.table`` is ``"custom"``.
-        scale: ``"absmax"`` or ``"mse"``.
+        scale: ``"auto"``, ``"absmax"``, ``"rms"`` or ``"mse"``.
         scale_dtype: dtype of the stored scales; the weight's own if that has 16 bits, else float16.
-        importance: (K,), weights of the squared errors in the search of ``"mse"``; None: all the same.
+        importance: (K,), weights of the squared errors in the search of ``"mse"``; None: all the same. Of W's own
+            channels, so not with a rotation.
         name: the layer's name, for messages.
 
     Returns:
         Quantized: codes uint8 (N, K / vector_size), scales (N, ceil(K / g)).
 
     Raises:
-        QuantizeError: NaN or Inf weights, wrong rank or dtype. SpecError: the spec does not fit the shape.
+        QuantizeError: NaN or Inf weights, wrong rank or dtype, importance of rotated weights.
+        SpecError: the spec does not fit the shape.
     """
     _check_weight(weight, spec, scale, name)
     values = resolve_table(spec, table).to(weight.device)
@@ -174,16 +192,27 @@ def quantize(
     # The kernels see the table in the activation dtype: choose codes among the values that will be used.
     values = values.to(scale_dtype).to(torch.float32)
     width = weight.shape[1]
+    if scale == "auto":
+        scale = "rms" if spec.unit_variance else "absmax"
+    by_rms = scale == "rms" or (scale == "mse" and spec.unit_variance)
+    if importance is not None and spec.hadamard_size:
+        raise QuantizeError(
+            f"layer {name!r}: importance is of channels, which hadamard_size={spec.hadamard_size} mixes"
+        )
     if importance is not None:
         importance = _grouped(importance.to(weight.device).unsqueeze(0), spec.group(width))
     codes, scales = [], []
     for part in weight.split(max(1, _ROWS_AT_ONCE_ELEMENTS // width)):
+        if spec.hadamard_size:
+            part = transform(part.to(torch.float32), spec.hadamard_size)
         grouped = _grouped(part, spec.group(width))
-        covering = _covering_scale(grouped, values)
+        begun = _rms(grouped, width) if by_rms else _covering_scale(grouped, values)
+        if by_rms and scale == "mse":
+            begun = begun * _WIDEST
         chosen = (
-            _round_scale(covering, scale_dtype)
-            if scale == "absmax"
-            else _searched_scale(grouped, covering, values, scale_dtype, importance)
+            _searched_scale(grouped, begun, values, scale_dtype, importance)
+            if scale == "mse"
+            else _round_scale(begun, scale_dtype)
         )
         index = _nearest(grouped, chosen.to(torch.float32), values).flatten(1)[:, : spec.row_codes(width)]
         codes.append(index.to(torch.uint8))
@@ -199,7 +228,7 @@ def dequantize(
     table: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """The weights that codes and scales stand for: ``dtype(table[codes] * scales)``, rounded once.
+    """The weights that codes and scales stand for: ``dtype(table[codes] * scales)``, rounded once, rotated back.
 
     Args:
         codes: uint8 (N, K / vector_size). scales: (N, ceil(K / g)).
@@ -216,4 +245,5 @@ def dequantize(
         decoded = decoded.flatten(-2)
     width = decoded.shape[1]
     spread = scales.to(torch.float32).repeat_interleave(spec.group(width), dim=1)[:, :width]
-    return (decoded * spread).to(dtype)
+    whole = decoded * spread
+    return (transform(whole, spec.hadamard_size) if spec.hadamard_size else whole).to(dtype)

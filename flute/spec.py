@@ -6,15 +6,18 @@ It checks every limit once, when it is made, and goes to JSON and back unchanged
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from .blocks import MOST, largest_block
 from .errors import SpecError
 
 CUSTOM_TABLE = "custom"
 MAX_GROUP_SIZE = 1 << 20
 # One name, one number of bits: a spec that says nf4 with 3 bits is a mistake, not a wish.
-NAMED_TABLES = tuple(f"{family}{bits}" for family in ("int", "fp", "nf") for bits in (2, 3, 4))
+NAMED_TABLES = tuple(f"{family}{bits}" for family in ("int", "fp", "nf", "gauss") for bits in (2, 3, 4))
+PAIR_TABLES = tuple(f"gausspair{bits}" for bits in (2, 3, 4))
+_UNIT_FAMILIES = ("gauss", "gausspair")  # made for weights of variance 1
 
 
 def _whole(field: str, value: object) -> int:
@@ -40,7 +43,10 @@ class QuantSpec:
         table: a named table (``int4``, ``fp4``, ``nf4``, ... of the same number of bits) or ``"custom"``, in which case
             every layer carries its own ``table`` tensor.
         vector_size: weights per code, 1 or 2. With 2 a code has ``2 * bits`` bits and the table is a codebook of
-            ``2**(2*bits)`` pairs, always custom; K must then be even.
+            ``2**(2*bits)`` pairs: custom, or ``gausspair<bits>``; K must then be even.
+        hadamard_size: n > 0: codes and scales are those of W H, every n neighbours along K rotated (`flute.hadamard`),
+            and a layer rotates its input likewise. In one layer's spec n is a block size that divides K; in what is
+            asked for a model it is the most, see `fitted`.
 
     Raises:
         SpecError: a value is outside these limits.
@@ -50,6 +56,7 @@ class QuantSpec:
     group_size: int = 64
     table: str = "nf4"
     vector_size: int = 1
+    hadamard_size: int = 0
 
     def __post_init__(self) -> None:
         if _whole("bits", self.bits) not in (2, 3, 4):
@@ -61,16 +68,25 @@ class QuantSpec:
             )
         if _whole("vector_size", self.vector_size) not in (1, 2):
             raise SpecError(f"vector_size={self.vector_size} is not supported; use 1 or 2")
-        if not isinstance(self.table, str) or self.table not in (*NAMED_TABLES, CUSTOM_TABLE):
-            names = ", ".join(NAMED_TABLES)
+        if not isinstance(self.table, str) or self.table not in (*NAMED_TABLES, *PAIR_TABLES, CUSTOM_TABLE):
+            names = ", ".join((*NAMED_TABLES, *PAIR_TABLES))
             raise SpecError(f"table={self.table!r} is unknown; use one of {names} or {CUSTOM_TABLE!r}")
         if self.table != CUSTOM_TABLE and int(self.table[-1]) != self.bits:
             fitting = f"{self.table[:-1]}{self.bits}"
             raise SpecError(f"table={self.table!r} does not have bits={self.bits}; use table={fitting}")
-        if self.vector_size == 2 and self.table != CUSTOM_TABLE:
-            raise SpecError(f"table={self.table!r} holds single values; vector_size=2 needs table={CUSTOM_TABLE!r}")
+        if self.vector_size == 2 and self.table in NAMED_TABLES:
+            raise SpecError(
+                f"table={self.table!r} holds single values; vector_size=2 needs table={CUSTOM_TABLE!r} or "
+                f"gausspair{self.bits}"
+            )
+        if self.vector_size == 1 and self.table in PAIR_TABLES:
+            raise SpecError(f"table={self.table!r} holds pairs; use vector_size=2, or table=gauss{self.bits}")
         if self.vector_size == 2 and self.group_size > 0 and self.group_size % 2:
             raise SpecError(f"group_size={self.group_size} splits a pair; vector_size=2 needs an even group_size")
+        if not 0 <= _whole("hadamard_size", self.hadamard_size) <= MOST:
+            raise SpecError(
+                f"hadamard_size={self.hadamard_size} is not supported; use 0 (no rotation) or a block up to {MOST}"
+            )
 
     # ---- derived numbers -------------------------------------------------------------------------------------------
 
@@ -83,6 +99,22 @@ class QuantSpec:
     def table_shape(self) -> tuple[int, ...]:
         """Shape of the table: ``(2**bits,)``, or ``(2**(2*bits), 2)`` for vectors."""
         return (1 << self.bits,) if self.vector_size == 1 else (1 << self.code_bits, 2)
+
+    @property
+    def unit_variance(self) -> bool:
+        """Whether the table is made for weights of variance 1, so that a scale is their root mean square."""
+        return self.table[:-1] in _UNIT_FAMILIES
+
+    def fitted(self, in_features: int) -> QuantSpec:
+        """The same with the largest block size up to ``hadamard_size`` that divides K = ``in_features``."""
+        if self.hadamard_size == 0 or in_features < 1:
+            return self
+        return replace(self, hadamard_size=largest_block(in_features, self.hadamard_size))
+
+    @property
+    def unrotated(self) -> QuantSpec:
+        """The same without rotation: how W H itself is stored."""
+        return replace(self, hadamard_size=0)
 
     def group(self, in_features: int) -> int:
         """The group size in weights for a row of K = ``in_features``; see `whole_group`."""
@@ -113,12 +145,20 @@ class QuantSpec:
                 f"layer {name!r}: in_features={in_features} is odd; vector_size=2 needs an even number, "
                 "use vector_size=1"
             )
+        if self.hadamard_size and largest_block(in_features, self.hadamard_size) != self.hadamard_size:
+            raise SpecError(
+                f"layer {name!r}: hadamard_size={self.hadamard_size} is no block that divides in_features="
+                f"{in_features}; use {largest_block(in_features, self.hadamard_size)}"
+            )
 
     # ---- JSON ------------------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, one key per field."""
-        return asdict(self)
+        """Plain JSON values, one key per field; ``hadamard_size`` only where there is a rotation."""
+        values = asdict(self)
+        if not self.hadamard_size:
+            del values["hadamard_size"]  # versions that know no rotation can read it
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> QuantSpec:
@@ -139,4 +179,5 @@ class QuantSpec:
 
     def __str__(self) -> str:
         group = "row" if self.group_size == -1 else f"g{self.group_size}"
-        return f"{self.table}{'x2' if self.vector_size == 2 else ''} {self.bits}bit {group}"
+        pairs = "x2" if self.vector_size == 2 and self.table == CUSTOM_TABLE else ""
+        return f"{self.table}{pairs} {self.bits}bit {group}" + (f" h{self.hadamard_size}" if self.hadamard_size else "")

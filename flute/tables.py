@@ -1,6 +1,6 @@
 """The lookup tables that have names.
 
-A table is float32 of shape (2**bits,), ascending unless the format has its own order, and every value is meant to be
+A table is float32 of shape (2**bits,), ascending, or one of pairs (2**(2*bits), 2); every value is meant to be
 rounded once to the activation dtype (fp16, bf16) before a kernel uses it.
 
 * ``intB``  -2**(B-1) .. 2**(B-1)-1, the signed integers, exact in fp16 and bf16.
@@ -9,18 +9,24 @@ rounded once to the activation dtype (fp16, bf16) before a kernel uses it.
 * ``nfB``   NormalFloat: quantiles of the standard normal at evenly spaced probabilities, scaled to [-1, 1], with an
             exact zero and one more positive than negative level (Dettmers et al. 2023, QLoRA, section 3; the nf4
             constants are the published ones, nf2 and nf3 follow the same rule and agree with it to float32).
+* ``gaussB``  the 2**B values of least squared error for a standard normal variable (Lloyd-Max), and ``gausspairB``
+            (2**(2*B), 2) the pairs: for weights that a rotation has made normal, scales their root mean square
+            (Malinovskii et al. 2024, HIGGS). Made by ``training/gaussian_grids.py``, which tells how.
 
 Any other table is the caller's tensor, passed beside a spec whose ``table`` is ``"custom"``.
 """
 
 from __future__ import annotations
 
+import json
+from functools import cache
+from pathlib import Path
 from statistics import NormalDist
 
 import torch
 
 from .errors import SpecError
-from .spec import CUSTOM_TABLE, QuantSpec
+from .spec import CUSTOM_TABLE, PAIR_TABLES, QuantSpec
 
 # The published constants differ from the rule in the last digits; checkpoints made with them must decode exactly.
 _NF4 = (
@@ -61,8 +67,13 @@ def _small_float(bits: int) -> list[float]:
     return [-value for value in reversed(magnitudes)] + list(magnitudes)
 
 
+@cache
+def _gaussian_grids() -> dict[str, list]:
+    return json.loads(Path(__file__).with_name("data").joinpath("gaussian_grids.json").read_text(encoding="utf-8"))
+
+
 def named_table(name: str) -> torch.Tensor:
-    """The table called ``name`` as float32 (2**bits,) on the CPU.
+    """The table called ``name`` as float32 (2**bits,), or (2**(2*bits), 2) for pairs, on the CPU.
 
     Raises:
         SpecError: no table has this name.
@@ -76,7 +87,11 @@ def named_table(name: str) -> torch.Tensor:
             return torch.tensor(_small_float(width), dtype=torch.float32)
         if family == "nf":
             return torch.tensor(_normal_float(width), dtype=torch.float32)
-    raise SpecError(f"table={name!r} is unknown; use int, fp or nf followed by 2, 3 or 4, or pass your own tensor")
+        if family == "gauss" or name in PAIR_TABLES:
+            return torch.tensor(_gaussian_grids()[name], dtype=torch.float32)
+    raise SpecError(
+        f"table={name!r} is unknown; use int, fp, nf, gauss or gausspair followed by 2, 3 or 4, or pass your own tensor"
+    )
 
 
 def resolve_table(spec: QuantSpec, table: torch.Tensor | None = None) -> torch.Tensor:

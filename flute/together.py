@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .kernels import direct, joined, ops
+from .kernels.hadamard import hadamard
 from .spec import QuantSpec
 
 _PATIENCE = 3  # launches in a row of which not all parts were taken, until a group is left apart
@@ -153,6 +154,8 @@ class Together:
         if cast is None:
             return None
         table, spec = self.buffers[0]["table"], self.spec
+        if spec.hadamard_size:
+            cast = hadamard(cast, spec.hadamard_size)
         y = ops.backend(x)(cast, weight, scales, table, bias, sum(self.sizes), spec.bits, spec.group_size)
         parts: list[torch.Tensor | None] = list(y.split_with_sizes(self.sizes, -1))
         mine, parts[place] = parts[place], None
@@ -171,6 +174,8 @@ class Together:
         cast = _cast(x, table.dtype)
         if cast is None:
             return None
+        if spec.hadamard_size:  # equal calls, too
+            cast = hadamard(cast, spec.hadamard_size)
         y = torch.ops.flute.lut_linears(cast, weights, scales, table, biases, sizes, spec.bits, spec.group_size)
         return y.narrow(-1, self.starts[place], sizes[place])
 

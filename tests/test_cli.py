@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from flute import __version__
 from flute.cli import main
 from flute.commands import demo
-from flute.commands.quantize import model_spec, parse_override, read_table
+from flute.commands.quantize import layer_spec, parse_override, read_table
 from flute.errors import FluteError, SpecError
 from flute.integrations import folders
 
@@ -248,7 +248,7 @@ def test_demo(
     ],
 )
 def test_bits_follow_the_table(bits: int | None, table: str | None, expected: str) -> None:
-    assert str(model_spec(bits, 64, table, [], [], lm_head=False)[1].spec) == expected
+    assert str(layer_spec(bits, 64, table, "rtn")[1]) == expected
 
 
 @pytest.mark.parametrize(
@@ -258,8 +258,8 @@ def test_bits_follow_the_table(bits: int | None, table: str | None, expected: st
 def test_table_from_a_file(numbers: list[Any], expected: str, tmp_path: Path) -> None:
     path = tmp_path / "table.json"
     path.write_text(json.dumps(numbers))
-    table, record = model_spec(None, 64, str(path), [], [], lm_head=False)
-    assert str(record.spec) == expected and table is not None and table.tolist() == numbers
+    table, spec = layer_spec(None, 64, str(path), "rtn")
+    assert str(spec) == expected and table is not None and table.tolist() == numbers
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "[1, [2, 3]]", "[[1,2,3]]", '["a"]', "[true]", "[1,", "[[]]", "[" * 9999])

@@ -24,7 +24,7 @@ def test_named_tables_are_finite_and_ascending() -> None:
         assert table.dtype == torch.float32
         assert table.shape == (2 ** int(name[-1]),)
         assert bool((table[1:] >= table[:-1]).all())
-        assert bool((table == 0).any())
+        assert bool((table == 0).any()) != name.startswith("gauss")
 
 
 def test_nf4_is_bit_exact() -> None:

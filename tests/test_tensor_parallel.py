@@ -12,6 +12,7 @@ from tiny_models import equal_states, load, prompt, saved
 
 from flute import FluteConfig
 from flute.errors import IntegrationError
+from flute.methods import higgs_spec
 
 SHARE = {"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 8, "vocab_size": 98}
 
@@ -34,6 +35,13 @@ def rank_main(folder: Path) -> None:
         model.save_pretrained(folder / f"saved {source}")
         dist.barrier()
         assert equal_states(load(folder / f"saved {source}"), whole)
+    rotated = higgs_spec(3, 16, hadamard_size=16)
+    with torch.no_grad():
+        expected = load(folder / "dense", quantization_config=FluteConfig(rotated))(prompt()).logits
+        made = load(folder / "dense", quantization_config=FluteConfig(rotated), **plan)(prompt()).logits
+    torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(IntegrationError, match="80 of 160 columns per rank do not hold whole Hadamard blocks of 160"):
+        load(folder / "dense", quantization_config=FluteConfig(higgs_spec(3, 16)), **plan)
     with pytest.raises(IntegrationError, match="do not hold whole groups"):
         load(folder / "dense", quantization_config=FluteConfig(group_size=-1), **plan)
     with pytest.raises(IntegrationError, match="do not hold whole groups"):

@@ -31,7 +31,7 @@ def run(
     out: Path,
     *,
     table: torch.Tensor | None = None,
-    scale: str = "absmax",
+    scale: str = "auto",
     device: str = "cpu",
     force: bool = False,
     progress: Progress = lambda name, weights: None,
@@ -43,7 +43,7 @@ def run(
         plan: from `make_plan`.
         out: the folder to make; it appears when everything is on the disk.
         table: the custom table of every layer whose spec asks for one.
-        scale: ``"absmax"`` or ``"mse"``.
+        scale: as in `flute.quantize.quantize`.
         device: where the arithmetic is done.
         force: replace an existing checkpoint, ignore another run's leftovers.
         progress: called after every layer.

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     import torch
 
     from ..config import ModelSpec
+    from ..spec import QuantSpec
+
+
+DATA_FREE = ("rtn", "higgs")
 
 
 def quantize(
@@ -39,12 +43,20 @@ def quantize(
     bits: Annotated[int | None, typer.Option(help="2, 3 or 4; left out: what the table says, else 4.")] = None,
     group_size: Annotated[int, typer.Option(help="Weights along K that share a scale; -1: the whole row.")] = 64,
     table: Annotated[
-        str | None, typer.Option(help="int4, fp4, nf4, ... or a JSON file of numbers or of pairs. Left out: nf<bits>.")
+        str | None,
+        typer.Option(help="int4, fp4, nf4, ... gauss4, or a JSON file of numbers or pairs. Left out: nf<bits>."),
     ] = None,
     method: Annotated[
-        str, typer.Option(help="rtn, gptq, awq, awq+gptq, best or nfl; all but rtn are calibrated.")
+        str, typer.Option(help="rtn, higgs: no text needed; gptq, awq, awq+gptq, best, nfl: calibrated.")
     ] = "rtn",
-    scale: Annotated[str, typer.Option(help="For rtn: absmax, or mse: search for the least squared error.")] = "absmax",
+    hadamard_size: Annotated[
+        int | None, typer.Option(help="Rotate blocks of at most so many inputs; 0: none. higgs: 512, others: 0.")
+    ] = None,
+    vector_size: Annotated[int | None, typer.Option(help="Weights per code, 1 or 2. higgs: 2, others: 1.")] = None,
+    scale: Annotated[
+        str,
+        typer.Option(help="For rtn and higgs: absmax, rms, mse: the least squared error; auto: as the table wants."),
+    ] = "auto",
     calibration: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="A UTF-8 text to calibrate with; may be repeated.")
     ] = None,
@@ -56,9 +68,7 @@ def quantize(
     objective: Annotated[
         str, typer.Option(help="For nfl: kl (to the dense model), nll (of the text), or block after block.")
     ] = "kl",
-    learn_table: Annotated[
-        bool, typer.Option("--learn-table", help="For nfl: a table per layer, learned too.")
-    ] = False,
+    learn_table: Annotated[bool, typer.Option("--learn-table", help="For nfl: learn a table per layer.")] = False,
     skip: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="Leave layers dense: a name, a glob, or re:...")
     ] = None,
@@ -76,14 +86,13 @@ def quantize(
 ) -> None:
     """Quantize MODEL and write a checkpoint that any GPU, and transformers itself, can load.
 
-    Methods rtn, which holds one shard in memory, and nfl go on where they were when a killed run is repeated. The
-    calibrated methods hold the dense model. Method best learns a table per layer unless --table names one;
+    Methods rtn and higgs, which hold one shard in memory, and nfl go on where they were when a killed run is repeated.
+    The calibrated methods hold the dense model. Method best learns a table per layer unless --table names one;
     docs/quality.md says more.
     """
     check_method(method, calibration or [], scale)
-    table_values, record = model_spec(
-        bits, group_size, table, skip or [], override or [], lm_head=lm_head, learned=method == "best"
-    )
+    table_values, spec = layer_spec(bits, group_size, table, method, vector_size, hadamard_size)
+    record = model_spec(spec, skip or [], override or [], lm_head=lm_head)
     from ..checkpoint.atomic import refuse_existing
     from ..methods.learn import Learning
 
@@ -92,8 +101,9 @@ def quantize(
     texts = {str(path): read_text(path) for path in calibration or []}
     quiet_libraries(threads)
     options: dict[str, Any] = {"table": table_values, "device": device, "force": force, "version": __version__}
-    if method == "rtn":
+    if method in DATA_FREE:
         figures = _run(model, output, record, {**options, "scale": scale}, None, quiet=quiet)
+        figures["method"] = method
     else:
         learning = Learning(epochs, lr, objective=objective, learn_table=learn_table, seed=seed)
         options |= {"method": method, "samples": samples, "window": window, "seed": seed}
@@ -101,7 +111,11 @@ def quantize(
         figures = _run(model, output, record, options, texts, quiet=quiet)
     if as_json:
         print_json(figures)
-        return
+    else:
+        _print_report(output, figures, quiet=quiet)
+
+
+def _print_report(output: Path, figures: dict[str, Any], *, quiet: bool) -> None:
     if "method_layers" in figures and not quiet:
         _print_layers(figures)
     print(
@@ -124,12 +138,12 @@ def check_method(method: str, calibration: list[Path], scale: str) -> None:
         raise FluteError(f"--method {method} is unknown; use {', '.join(RECIPES)}")
     if scale not in SCALE_METHODS:
         raise FluteError(f"--scale {scale} is unknown; use {' or '.join(SCALE_METHODS)}")
-    if method != "rtn" and not calibration:
+    if method not in DATA_FREE and not calibration:
         raise FluteError(f"--method {method} needs a text: --calibration FILE")
-    if method != "rtn" and scale != "absmax":
+    if method not in DATA_FREE and scale != "auto":
         raise FluteError(f"--scale {scale} is for --method rtn; {method} searches its scales by itself")
-    if method == "rtn" and calibration:
-        raise FluteError("--calibration is not used by --method rtn; leave it out, or choose another method")
+    if method in DATA_FREE and calibration:
+        raise FluteError(f"--calibration is not used by --method {method}; leave it out, or choose another method")
 
 
 def _print_layers(figures: dict[str, Any]) -> None:
@@ -227,42 +241,67 @@ def _run(
         }
 
 
-def model_spec(
+def layer_spec(
     bits: int | None,
     group_size: int,
     table: str | None,
-    skip: list[str],
-    override: list[str],
-    *,
-    lm_head: bool,
-    learned: bool = False,
-) -> tuple[torch.Tensor | None, ModelSpec]:
-    """The custom table, if any, and the record that the options describe; ``learned``: pairs, unless a table is named.
+    method: str,
+    vector_size: int | None = None,
+    hadamard_size: int | None = None,
+) -> tuple[torch.Tensor | None, QuantSpec]:
+    """The custom table, if any, and the spec that the options describe.
 
     Raises:
         FluteError: an option breaks a rule.
     """
-    from ..config import ModelSpec
-    from ..spec import CUSTOM_TABLE, NAMED_TABLES, QuantSpec
+    from ..spec import CUSTOM_TABLE, NAMED_TABLES, PAIR_TABLES, QuantSpec
 
-    vector_size, values = 1, None
+    size, values = 1, None
+    if method == "higgs":
+        return None, _higgs(bits, group_size, table, vector_size, hadamard_size)
     if table is not None and table.endswith(".json"):
         values = read_table(Path(table))
-        vector_size = 1 if values.dim() == 1 else 2
-        width = (values.shape[0].bit_length() - 1) // vector_size
+        size = 1 if values.dim() == 1 else 2
+        width = (values.shape[0].bit_length() - 1) // size
         bits, name = width if bits is None else bits, CUSTOM_TABLE
-    elif table is None and learned:
-        bits, name, vector_size = 4 if bits is None else bits, CUSTOM_TABLE, 2
+    elif table is None and method == "best":
+        bits, name, size = 4 if bits is None else bits, CUSTOM_TABLE, 2
     elif table is None:
         bits = 4 if bits is None else bits
         name = f"nf{bits}" if bits in (2, 3, 4) else "nf4"  # QuantSpec says what is wrong with other bits
     else:
         name = table
-        if bits is None:
-            bits = int(table[-1]) if table in NAMED_TABLES else 4  # QuantSpec knows what to say about other names
-    spec = QuantSpec(bits=bits, group_size=group_size, table=name, vector_size=vector_size)
+        size = 2 if table in PAIR_TABLES else 1
+        if bits is None:  # QuantSpec knows what to say about other names
+            bits = int(table[-1]) if table in (*NAMED_TABLES, *PAIR_TABLES) else 4
+    return values, QuantSpec(bits, group_size, name, size if vector_size is None else vector_size, hadamard_size or 0)
+
+
+def _higgs(
+    bits: int | None, group_size: int, table: str | None, vector_size: int | None, hadamard_size: int | None
+) -> QuantSpec:
+    from ..methods.higgs import HADAMARD_SIZE, higgs_spec
+
+    if table is not None:
+        raise FluteError(f"--table {table} does not go with --method higgs, which has grids of its own; leave it out")
+    return higgs_spec(
+        4 if bits is None else bits,
+        group_size,
+        vector_size=2 if vector_size is None else vector_size,
+        hadamard_size=HADAMARD_SIZE if hadamard_size is None else hadamard_size,
+    )
+
+
+def model_spec(spec: QuantSpec, skip: list[str], override: list[str], *, lm_head: bool) -> ModelSpec:
+    """The record of a whole model that the options describe.
+
+    Raises:
+        FluteError: an option breaks a rule.
+    """
+    from ..config import ModelSpec
+
     changes = dict(parse_override(text) for text in override)
-    return values, ModelSpec(spec, changes, tuple(skip), lm_head, experts=True)
+    return ModelSpec(spec, changes, tuple(skip), lm_head, experts=True)
 
 
 def parse_override(text: str) -> tuple[str, dict[str, Any]]:

@@ -40,7 +40,7 @@ class FluteConfig(QuantizationConfigMixin):
         modules_to_not_convert: patterns of layers left dense.
         lm_head: quantize the output head too. If it shares its weight with the embedding it gets its own.
         experts: quantize the stacked weights of mixtures of experts too.
-        scale: ``"absmax"``, or ``"mse"`` for the scale of least squared error. Only for quantizing.
+        scale: ``"auto"``, ``"absmax"``, ``"rms"``, or ``"mse"`` for the least squared error. Only for quantizing.
         fuse: on a GPU, layers that get the same x (q, k, v; gate, up) share one launch (`flute.integrations.fusion`).
             Not written to the checkpoint; what was loaded from one is put apart by ``separate(model)`` from there.
         table_values: the custom table, ``(2**bits,)`` or ``(2**(2*bits), 2)`` numbers, when a spec says ``"custom"``.
@@ -62,7 +62,7 @@ class FluteConfig(QuantizationConfigMixin):
         modules_to_not_convert: Sequence[str] | None = None,
         lm_head: bool = False,
         experts: bool = True,
-        scale: str = "absmax",
+        scale: str = "auto",
         fuse: bool = True,
         table_values: Any = None,
     ) -> None:

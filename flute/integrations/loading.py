@@ -225,10 +225,15 @@ def _placed_like(waiting: torch.Tensor, local: torch.Tensor) -> nn.Parameter:
 
 
 def _check_shard(name: str, layer: LutLinear, columns: int, waiting: torch.Tensor) -> None:
-    """A rank's columns must hold whole groups and whole bytes, else codes and scales are cut at different places."""
+    """A rank's columns must hold whole groups, bytes and rotated blocks, else they are cut at different places."""
     if not isinstance(waiting, DTensor) or columns == layer.in_features:
         return
-    group, bits = layer.spec.group(layer.in_features), layer.spec.bits
+    group, bits, block = layer.spec.group(layer.in_features), layer.spec.bits, layer.spec.hadamard_size
+    if block and columns % block:
+        raise IntegrationError(
+            f"layer {name!r}: {columns} of {layer.in_features} columns per rank do not hold whole Hadamard blocks of "
+            f"{block}; use fewer ranks or a smaller hadamard_size"
+        )
     if columns % group or columns * bits % 8:
         raise IntegrationError(
             f"layer {name!r}: {columns} of {layer.in_features} columns per rank do not hold whole groups of {group}; "

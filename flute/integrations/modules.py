@@ -95,6 +95,7 @@ def choose(model: nn.Module, record: ModelSpec) -> Choice:
         if spec is not None:
             linear = model.get_submodule(name)
             assert isinstance(linear, nn.Linear)
+            spec = spec.fitted(linear.in_features)
             spec.check_layer(name, linear.out_features, linear.in_features)
             specs[name] = spec
     dense = [name for name in _linears(model) if name not in specs]
@@ -128,6 +129,7 @@ def _expert_specs(model: nn.Module, name: str, record: ModelSpec) -> dict[str, Q
         full = f"{name}.{projection}"
         spec = record.spec_for(full, *aliases(model, full), name, *aliases(model, name))
         if spec is not None:
+            spec = spec.fitted(weight.shape[-1])
             spec.check_layer(full, *weight.shape[1:])
             found[full] = spec
     if len(found) == 1:

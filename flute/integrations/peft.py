@@ -83,5 +83,7 @@ def _merge(name: str, lora: Any, adapters: Sequence[str]) -> None:
             )
         weight += lora.get_delta_weight(adapter).to(weight)
     table = base.table.float() if base.spec.table == CUSTOM_TABLE else None
-    made = quantize(weight, base.spec, table=table, scale_dtype=base.scales.dtype, name=name)
+    # the root mean square of rounded weights is smaller than that of the weights they once were
+    scale = "mse" if base.spec.unit_variance else "absmax"
+    made = quantize(weight, base.spec, table=table, scale=scale, scale_dtype=base.scales.dtype, name=name)
     base.store(made)

@@ -8,6 +8,7 @@
 ``hessian``      X^T X, made invertible; the target that makes up for errors before a layer
 ``awq``          activation-aware scales folded into the layer before
 ``gptq``         rounding with error feedback, any table
+``higgs``        rotation and Gaussian grids, no data
 ``refine``       codes, scales and table in turns
 ``codebook``     a table of a layer's own
 ``learn``        scales by gradient descent, through the whole model or block by block
@@ -15,8 +16,19 @@
 """
 
 from .calibration import token_windows
+from .higgs import higgs_spec
 from .learn import Learned, Learning
 from .model import LayerResult, MethodReport, quantize_model
 from .recipes import RECIPES, Recipe
 
-__all__ = ["RECIPES", "LayerResult", "Learned", "Learning", "MethodReport", "Recipe", "quantize_model", "token_windows"]
+__all__ = [
+    "RECIPES",
+    "LayerResult",
+    "Learned",
+    "Learning",
+    "MethodReport",
+    "Recipe",
+    "higgs_spec",
+    "quantize_model",
+    "token_windows",
+]

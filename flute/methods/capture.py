@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import CalibrationError, IntegrationError
+from ..hadamard import transform
 
 _TOKENS_AT_ONCE = 2048
 _KEPT_BYTES = 2 << 30
@@ -265,6 +266,12 @@ class Moments(NamedTuple):
     hessian: torch.Tensor
     drift: torch.Tensor | None
     tokens: int
+
+    def rotated(self, block: int) -> Moments:
+        """The same of inputs rotated in blocks: H M H."""
+        hessian, drift = (None if each is None else transform(transform(each, block).T, block).T for each in self[:2])
+        assert hessian is not None
+        return Moments(hessian, drift, self.tokens)
 
 
 def _keeper(seen: dict[str, torch.Tensor], name: str, device: torch.device) -> Callable[..., None]:

@@ -19,6 +19,7 @@ from torch import nn
 
 from ..config import ModelSpec
 from ..errors import CalibrationError, IntegrationError
+from ..hadamard import transform
 from ..integrations.modules import check_patterns, choose
 from ..learned import learned_layers
 from ..linear import LutLinear
@@ -294,7 +295,8 @@ def _uncalibrated(model: Any, name: str, spec: QuantSpec, job: _Job) -> None:
     table = job.own(spec)
     if table is None and spec.table == CUSTOM_TABLE:
         ones = torch.ones(weight.shape[1], device=weight.device)
-        table = learn_table(weight, spec, ones, scale_dtype=job.dtype, name=name).table
+        seen = transform(weight, spec.hadamard_size) if spec.hadamard_size else weight
+        table = learn_table(seen, spec, ones, scale_dtype=job.dtype, name=name).table
     made = quantize(weight, spec, table=table, scale=job.recipe.scale, scale_dtype=job.dtype, name=name)
     if name == output_head(model):
         untie_head(model, name)

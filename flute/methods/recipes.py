@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from ..errors import QuantizeError
+from ..hadamard import transform
 from ..quantize import Quantized, quantize, spread
 from ..spec import CUSTOM_TABLE, QuantSpec
 from ..tables import resolve_table
@@ -31,7 +32,7 @@ class Recipe:
         summary: one line for people.
         calibrated: needs calibration windows.
         fold: fold activation-aware scales into the layer before, where the graph allows.
-        scale: how scales begin, ``"absmax"`` or ``"mse"`` (weighted by the diagonal of H where that is known).
+        scale: how scales begin, ``"auto"``, ``"absmax"`` or ``"mse"`` (weighted by H's diagonal where that is known).
         feedback: choose codes with error feedback.
         rounds: of refining scales, learned table and codes.
         match_dense: share of the way from W to the dense target (see `hessian.dense_target`).
@@ -42,7 +43,7 @@ class Recipe:
     summary: str
     calibrated: bool = True
     fold: bool = False
-    scale: str = "absmax"
+    scale: str = "auto"
     feedback: bool = False
     rounds: int = 0
     match_dense: float = 0.0
@@ -60,6 +61,8 @@ RECIPES = {
                    "refining scales, table and codes under the Hessian",
                    scale="mse", feedback=True, rounds=2, match_dense=1.0, learns_tables=True),
     "nfl": Recipe("scales learned by gradient descent through the whole model", learns_scales=True),
+    "higgs": Recipe("rotated weights rounded to an optimal Gaussian grid, no calibration (specs of `higgs_spec`)",
+                    calibrated=False),
 }  # fmt: skip
 
 
@@ -102,6 +105,12 @@ def solve(
     weight = weight.detach().float()
     if known.hessian.shape[0] != weight.shape[1]:
         raise QuantizeError(f"layer {name!r}: H is {tuple(known.hessian.shape)} for a weight {tuple(weight.shape)}")
+    if spec.hadamard_size:  # the same layer, seen in rotated channels
+        turned = solve(
+            transform(weight, spec.hadamard_size), known.rotated(spec.hadamard_size), spec.unrotated, recipe,
+            table=table, scale_dtype=scale_dtype, name=name,
+        )  # fmt: skip
+        return turned._replace(weight=transform(turned.weight, spec.hadamard_size))
     made = damped(known.hessian, name=name)
     importance = made.matrix.diagonal()
     shift = None if known.drift is None else weight.double() @ known.drift
