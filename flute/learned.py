@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .errors import SpecError
 from .linear import LutLinear
 from .quantize import Quantized, nearest, quantize, spread, sum_by_code
 from .spec import CUSTOM_TABLE, QuantSpec
@@ -134,7 +135,7 @@ class LearnedLinear(nn.Linear):
         plain: compute with W instead, as before; `dense_weights` sets it for a while.
 
     Raises:
-        QuantizeError, SpecError: as `flute.quantize.quantize`.
+        QuantizeError, SpecError: as `flute.quantize.quantize`; SpecError also where the spec rotates the weight.
     """
 
     table: torch.Tensor
@@ -153,6 +154,11 @@ class LearnedLinear(nn.Linear):
         name: str = "linear",
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would allocate another weight
+        if spec.hadamard_size:
+            raise SpecError(
+                f"layer {name!r}: hadamard_size={spec.hadamard_size}; scales are learned of weights that are not "
+                "rotated, use --hadamard-size 0 or another method"
+            )
         weight = linear.weight.detach()
         made = quantize(weight, spec, table=table, scale=scale, scale_dtype=dtype, name=name)
         self.in_features, self.out_features, self.spec, self.dtype = (

@@ -9,7 +9,7 @@ import tiny_models
 import torch
 from torch import nn
 
-from flute.errors import CalibrationError, CheckpointError, IntegrationError
+from flute.errors import CalibrationError, CheckpointError, IntegrationError, SpecError
 from flute.integrations.base import prepare_model_flute
 from flute.integrations.learnable import learn_scales
 from flute.learned import LearnedLinear, choose_codes, dense_weights, learned_layers
@@ -36,6 +36,12 @@ def layer(spec: QuantSpec, table: Any, **options: Any) -> tuple[nn.Linear, Learn
     torch.manual_seed(5)
     linear = nn.Linear(24, 6)
     return linear, LearnedLinear(linear, spec, table=table, dtype=torch.float16, **options)
+
+
+def test_rotated_weights_are_refused() -> None:
+    """Codes would be chosen of the weight as it is, scales of the rotated one."""
+    with pytest.raises(SpecError, match="hadamard_size=8"):
+        layer(QuantSpec(3, 8, "nf3", hadamard_size=8), None)
 
 
 # ---- the layer -------------------------------------------------------------------------------------------------------
