@@ -31,7 +31,7 @@ import transformers
 import flute
 from flute.bench.machine import processor
 from flute.checkpoint import streaming
-from flute.checkpoint.plan import make_plan
+from flute.checkpoint.plan import Plan, make_plan
 from flute.checkpoint.shards import read_headers
 from flute.commands.common import print_table, progress_bar, quiet_libraries, read_text
 from flute.commands.quantize import peak_bytes
@@ -77,10 +77,15 @@ PROMPT = "The city of"
 NEW_TOKENS, RUNS = 64, 5
 
 
+def planned(source: Path, record: ModelSpec) -> Plan:
+    """What a quantized copy of the model in ``source`` will hold."""
+    return make_plan(source, folders.architecture(source, record), record)
+
+
 def quantized(source: Path, out: Path, spec: QuantSpec, scale: str = "auto") -> Path:
     """Make the checkpoint of ``spec``; returns its folder."""
     record = ModelSpec(spec)
-    streaming.run(make_plan(source, folders.architecture(source, record), record), out, scale=scale)
+    streaming.run(planned(source, record), out, scale=scale)
     return out
 
 
@@ -92,9 +97,10 @@ def calibrated(source: Path, out: Path, name: str, options: argparse.Namespace) 
         return {"method": method}
     texts = {str(path): read_text(path) for path in options.calibration}
     learning = Learning(**json.loads(options.learning)) if method == "nfl" else None
+    record = ModelSpec(spec)
     with progress_bar(0, "w", quiet=False, scale=True) as bar:
         report = quantize_folder(
-            source, out, ModelSpec(spec), texts, method=method, samples=options.samples, window=options.window,
+            planned(source, record), out, record, texts, method=method, samples=options.samples, window=options.window,
             device=options.device, progress=lambda layer, weights: bool(bar.update(weights)),
             learning=learning, on_step=lambda done, total, loss: print(done, total, loss, file=sys.stderr, flush=True),
         )  # fmt: skip

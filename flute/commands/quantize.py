@@ -219,7 +219,7 @@ def _run(
                 more["resumed"] = streaming.run(plan, output, progress=progress, **options)
             else:
                 with progress_bar(0, "step", quiet=quiet or "learning" not in options) as steps:
-                    made = quantize_folder(source, output, record, texts, progress=progress, on_step=on_step, **options)
+                    made = quantize_folder(plan, output, record, texts, progress=progress, on_step=on_step, **options)
                 more["method_layers"] = [{**asdict(layer), "spec": str(layer.spec)} for layer in made.layers]
                 more["notes"] = made.notes
                 if made.learned is not None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..checkpoint.atomic import Workplace, check_space, whole_file
-from ..checkpoint.plan import make_plan
+from ..checkpoint.plan import Plan
 from ..config import ModelSpec
 from ..errors import CheckpointError, FluteError
 from ..integrations import folders
@@ -25,7 +25,7 @@ from .model import MethodReport, Progress, quantize_model
 
 
 def quantize_folder(
-    source: Path,
+    plan: Plan,
     out: Path,
     record: ModelSpec,
     texts: Mapping[str, str],
@@ -42,10 +42,10 @@ def quantize_folder(
     on_step: OnStep = lambda done, total, loss: None,
     version: str = "",
 ) -> MethodReport:
-    """Quantize the model in ``source`` into the new folder ``out``.
+    """Quantize the model of ``plan`` into the new folder ``out``.
 
     Args:
-        source: a dense model, safetensors. out: the folder to make.
+        plan: what `make_plan` said of a dense model's folder and ``record``. out: the folder to make.
         record: how; patterns allowed.
         texts: name -> calibration text.
         method, table: as in `quantize_model`.
@@ -57,16 +57,15 @@ def quantize_folder(
     Raises:
         FluteError: one line; ``out`` is then as it was.
     """
-    plan = make_plan(source, folders.architecture(source, record, check_names=True), record)
-    if not plan.weights:
-        raise FluteError(f"{source}: no layer is left to quantize; see --skip, and flute inspect for the names")
     options: dict[str, Any] = {"method": method, "samples": samples, "window": window, "seed": seed, "flute": version}
     if learning is not None:
         options["learning"] = asdict(learning)
     with Workplace(Path(out).expanduser().absolute(), plan.fingerprint(**options), force=force) as work:
         try:
             check_space(work.root, plan.nbytes)
-            model, tokenizer = folders.load(folders.Found(source), dtype=torch.float32 if device == "cpu" else None)
+            model, tokenizer = folders.load(
+                folders.Found(plan.source), dtype=torch.float32 if device == "cpu" else None
+            )
             windows = token_windows(tokenizer, texts, samples=samples, length=window, seed=seed)
             report = quantize_model(
                 model,
@@ -87,7 +86,7 @@ def quantize_folder(
                 )
             model.save_pretrained(work.folder)
             for name in plan.small_files:
-                with open(source / name, "rb") as file, whole_file(work.folder / name) as target:
+                with open(plan.source / name, "rb") as file, whole_file(work.folder / name) as target:
                     shutil.copyfileobj(file, target)
         except OSError as error:
             raise CheckpointError(f"{work.folder} cannot be written: {error.strerror or error}; make room") from error
