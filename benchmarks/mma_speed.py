@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from flute.bench.machine import describe
 from flute.bench.timing import compare, copies_beyond_l2, microseconds, rotating_weights
-from flute.kernels import cuda, jit, mma, ops, plan
+from flute.kernels import choice, cuda, jit, mma, ops, plan
 from flute.spec import QuantSpec
 
 SHAPES = [(4096, 4096), (28672, 4096), (4096, 14336)]
@@ -61,7 +61,7 @@ def peak() -> float:
     config = core.LaunchConfig(grid=sms, block=32 * _WARPS)
 
     def run() -> None:
-        cuda._launch(operands.device, config, kernel, operands.data_ptr(), sums.data_ptr())
+        cuda._launch(operands.get_device(), config, kernel, operands.data_ptr(), sums.data_ptr())
 
     return 2 * 2048 * _CHAINS * _LOOPS * _WARPS * sms / (1e-6 * microseconds([run] * 4))
 
@@ -105,7 +105,7 @@ def measure(n: int, k: int, bits: int, m: int) -> tuple[mma.Tiling, list[float |
         [partial(ops._dense_path, x, *copy, table, None, n, bits, 64) for copy in copies],
         forced(tiling),
     ]
-    decode = plan.make(gpu, m, n, k, bits, 64) if m <= cuda.DECODE_TOKENS else None
+    decode = plan.make(gpu, m, n, k, bits, 64) if m <= choice.DECODE_TOKENS else None
     if decode is not None:
         contestants.append(forced(decode))
     dense_us, dequantize_us, ours, *rest = compare(*contestants, replays=20 if m <= 256 else 6)

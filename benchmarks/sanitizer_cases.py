@@ -18,7 +18,7 @@ import torch
 
 from flute.bench.correctness import Case, Problem, relative
 from flute.hadamard import transform
-from flute.kernels import cuda, mma, plan, stacked, tiles
+from flute.kernels import choice, cuda, mma, plan, stacked, tiles
 from flute.kernels.hadamard import hadamard
 from flute.kernels.layout import pack_scales, pack_weight
 from flute.spec import QuantSpec
@@ -27,7 +27,7 @@ SHAPES = [(40, 640), (333, 777), (1, 64), (100, 1100)]
 TOKENS = [1, 9, 40, 130]
 
 
-def kinds(m: int, n: int, k: int, bits: int, group: int, only_mma: bool) -> list[cuda.Launch]:
+def kinds(m: int, n: int, k: int, bits: int, group: int, only_mma: bool) -> list[choice.Launch]:
     """The best plan of every kind, of all kernels."""
     gpu, best = cuda.gpu(0), {}
     for one in sorted(mma.candidates(gpu, m, n, k, bits, plan.group_block(group, k)), key=lambda one: one.cycles):
