@@ -104,6 +104,7 @@ def _expert_by_expert(
     bits: int,
     group_size: int,
 ) -> torch.Tensor:
+    _check(x, weight, scales, table, bias, offsets, out_features, bits, group_size)
     y = x.new_zeros(x.shape[0], out_features)
     for expert, rows in _parts(offsets, x.shape[0]):
         own_bias = None if bias is None else bias[expert]
@@ -111,21 +112,6 @@ def _expert_by_expert(
             x[rows], weight[expert], scales[expert], table, own_bias, out_features, bits, group_size
         )
     return y
-
-
-def _grouped_cpu(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scales: torch.Tensor,
-    table: torch.Tensor,
-    bias: torch.Tensor | None,
-    offsets: torch.Tensor,
-    out_features: int,
-    bits: int,
-    group_size: int,
-) -> torch.Tensor:
-    _check(x, weight, scales, table, bias, offsets, out_features, bits, group_size)
-    return _expert_by_expert(x, weight, scales, table, bias, offsets, out_features, bits, group_size)
 
 
 def _grouped_cuda(
@@ -225,7 +211,7 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> t
     return grad_x, None, None, None, grad_bias, None, None, None, None
 
 
-_library.impl("lut_grouped_linear", _grouped_cpu, "CPU")
+_library.impl("lut_grouped_linear", _expert_by_expert, "CPU")
 _library.impl("lut_grouped_linear", _grouped_cuda, "CUDA")
 _library.impl("lut_grouped_linear_backward", _grouped_backward, "CPU")
 _library.impl("lut_grouped_linear_backward", _grouped_backward, "CUDA")
