@@ -75,6 +75,17 @@ def _attention(
     return made.reshape(batch, 1, heads, width), None
 
 
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` compiled by torch, with kernels that are launched before the one ahead ends, where torch can do so.
+
+    `TORCHINDUCTOR_ENABLE_PDL=1` does the same for any program. Without it every launch waits for the last block of
+    the one before, and our kernels, which read weights before they need x, have nothing to read them beside.
+    """
+    from torch._inductor import config
+
+    return torch.compile(function, options={"triton.enable_pdl": True} if hasattr(config.triton, "enable_pdl") else {})
+
+
 def share_layer_step(model: Any, *, compiled: bool) -> None:
     """Send decode steps of all layers of ``model`` through one function, compiled by torch or not."""
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -83,12 +94,12 @@ def share_layer_step(model: Any, *, compiled: bool) -> None:
     AttentionInterface.register("shared_keys", _attention)
     AttentionMaskInterface.register("shared_keys", sdpa_mask)
     model.set_attn_implementation("shared_keys")
-    step = torch.compile(_layer_step) if compiled else _layer_step
+    step = _compiled(_layer_step) if compiled else _layer_step
     decoder = model.get_decoder()
     for index, layer in enumerate(decoder.layers):
         decoder.layers[index] = _Layer(layer, index, step)
     if compiled and hasattr(decoder, "norm"):
-        decoder.norm.forward = torch.compile(decoder.norm.forward)
+        decoder.norm.forward = _compiled(decoder.norm.forward)
 
 
 def empty_cache(model: Any, batch: int, length: int) -> Any:
@@ -121,7 +132,7 @@ class Decoder:
 
     def __init__(self, model: Any, batch: int, prompt: int, room: int, *, compiled: bool = False) -> None:
         self.model, self.prompt = model, prompt
-        self.most_likely = torch.compile(_most_likely) if compiled else _most_likely
+        self.most_likely = _compiled(_most_likely) if compiled else _most_likely
         self.cache = empty_cache(model, batch, prompt + room)
         for layer in self.cache.layers:
             layer.keys.normal_()
