@@ -20,6 +20,7 @@ from torch import nn
 from .kernels import layout, ops
 from .kernels.hadamard import hadamard
 from .packing import pack_codes
+from .parallel import is_cut, local, placed_like
 from .quantize import Quantized, quantize
 from .spec import CUSTOM_TABLE, QuantSpec
 from .tables import named_table, resolve_table
@@ -39,6 +40,7 @@ class LutLinear(nn.Linear):
         weight: Parameter uint8, codes; (N, row_bytes) or, on CUDA, kernel order. Never trained.
         scales: Parameter (N, G) or, on CUDA, kernel order. Never trained by default.
         table: buffer of ``spec.table_shape``; saved only when it is a custom one.
+        rows: rows of the weight that this process holds: N, or this rank's part of it under tensor parallelism.
         together, place: the group of layers with which it shares launches, if any, and its number there.
     """
 
@@ -63,6 +65,7 @@ class LutLinear(nn.Linear):
         spec.check_layer("LutLinear", out_features, in_features)
         dtype = dtype or torch.get_default_dtype()
         self.in_features, self.out_features, self.spec = in_features, out_features, spec
+        self.rows = out_features
         codes = torch.zeros(out_features, spec.row_bytes(in_features), dtype=torch.uint8, device=device)
         scales = torch.zeros(out_features, spec.num_groups(in_features), dtype=dtype, device=device)
         self.weight = nn.Parameter(codes, requires_grad=False)
@@ -125,9 +128,7 @@ class LutLinear(nn.Linear):
             bias = bias.to(dtype)
         if spec.hadamard_size:
             x = hadamard(x, spec.hadamard_size)
-        # under tensor parallelism these are this rank's rows and out_features is the sum over ranks
-        rows = self.out_features if weight.dim() == 3 else weight.shape[0]
-        return ops.apply(x, weight, scales, table, bias, rows, spec.bits, spec.group_size)
+        return ops.apply(x, weight, scales, table, bias, self.rows, spec.bits, spec.group_size)
 
     def dequantize(self) -> torch.Tensor:
         """The weight (N, K) in the dtype of the scales, as the kernels see it; rotated back, where it is rotated."""
@@ -149,28 +150,45 @@ class LutLinear(nn.Linear):
         weight, scales = self.weight.detach(), self.scales.detach()
         if not self.in_kernel_order:
             return weight, scales
-        codes = layout.unpack_weight(weight, self.spec.bits, self.out_features, self.in_features)
-        return codes, layout.unpack_scales(scales, self.out_features)
+        held = local(scales)
+        codes = layout.unpack_weight(local(weight), self.spec.bits, self.rows, self._columns(held))
+        return placed_like(weight, codes), placed_like(scales, layout.unpack_scales(held, self.rows))
+
+    def _columns(self, scales: torch.Tensor) -> int:
+        """K, or this rank's part of it: whole groups."""
+        return scales.shape[1] * self.spec.group(self.in_features)
 
     def arrange(self) -> LutLinear:
         """Put codes and scales into the order that suits their device; exact, and idempotent. Returns self.
 
-        Parts of a tensor-parallel weight stay in the checkpoint's order, in which ranks can gather them for saving.
+        Under tensor parallelism every rank does so with its part; a state dict turns it back before ranks gather it.
         """
-        if hasattr(self.weight, "device_mesh"):  # a DTensor, whose module not every torch build has
-            return self
         self._order()
         if self.together is not None:
             self.together.join()
         return self
 
     def _order(self) -> None:
-        wanted = self.weight.is_cuda and layout.supports(self.spec.group_size, self.in_features)
+        if not self.in_kernel_order:
+            self.rows = local(self.weight).shape[0]
+        wanted = self._suits_kernels()
         if wanted and not self.in_kernel_order:
-            self.weight.data = layout.pack_weight(self.weight.data, self.spec.bits, self.in_features)
-            self.scales.data = layout.pack_scales(self.scales.data)
+            weight, scales = local(self.weight.detach()), local(self.scales.detach())
+            packed = layout.pack_weight(weight, self.spec.bits, self._columns(scales))
+            self._hold(packed, layout.pack_scales(scales))
         elif self.in_kernel_order and not wanted:
-            self.weight.data, self.scales.data = self.checkpoint_tensors()
+            self._hold(*self.checkpoint_tensors())
+
+    def _suits_kernels(self) -> bool:
+        return self.weight.is_cuda and layout.supports(self.spec.group_size, self._columns(local(self.scales)))
+
+    def _hold(self, weight: torch.Tensor, scales: torch.Tensor) -> None:
+        """Take codes and scales of another shape."""
+        if is_cut(self.weight):  # of a DTensor, ``data`` keeps its shape
+            self.weight = nn.Parameter(placed_like(self.weight, weight), requires_grad=False)
+            self.scales = nn.Parameter(placed_like(self.scales, scales), requires_grad=self.scales.requires_grad)
+        else:
+            self.weight.data, self.scales.data = weight, scales
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LutLinear:
         before = self.table.dtype
@@ -194,7 +212,7 @@ class LutLinear(nn.Linear):
         if self.in_kernel_order:
             # copies, so they go to host memory: a GPU that holds the model need not hold it twice
             for name, tensor in zip(("weight", "scales"), self.checkpoint_tensors(), strict=True):
-                destination[prefix + name] = tensor.cpu()
+                destination[prefix + name] = tensor if is_cut(tensor) else tensor.cpu()  # ranks gather on their GPUs
         if self.together is not None and not keep_vars:
             for name in ("weight", "scales", "bias"):  # views of memory that others view too, which files do not take
                 held: torch.Tensor | None = destination.get(prefix + name)
@@ -203,7 +221,7 @@ class LutLinear(nn.Linear):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         if self.in_kernel_order:
-            self.weight.data, self.scales.data = self.checkpoint_tensors()
+            self._hold(*self.checkpoint_tensors())
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if not self.weight.is_meta:
             self.arrange()

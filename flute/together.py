@@ -26,6 +26,7 @@ import torch
 
 from .kernels import direct, joined, ops
 from .kernels.hadamard import hadamard
+from .parallel import is_cut
 from .spec import QuantSpec
 
 _PATIENCE = 3  # launches in a row of which not all parts were taken, until a group is left apart
@@ -211,7 +212,7 @@ class Together:
 
 
 def _alike(tensor: torch.Tensor, model: torch.Tensor) -> bool:
-    if tensor.is_meta or tensor.is_inference() or hasattr(tensor, "device_mesh"):
+    if tensor.is_meta or tensor.is_inference() or is_cut(tensor):
         return False
     return (tensor.device, tensor.dtype, tensor.shape[1:]) == (model.device, model.dtype, model.shape[1:])
 

@@ -1,9 +1,10 @@
-"""Two processes on the CPU share a model as transformers shares it: same results, same files, clear refusals."""
+"""Two processes share a model as transformers shares it: same results, same files, clear refusals."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tiny_models import equal_states, load, prompt, saved
 
 from flute import FluteConfig
 from flute.errors import IntegrationError
+from flute.linear import LutLinear
 from flute.methods import higgs_spec
 
 SHARE = {"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 8, "vocab_size": 98}
@@ -35,6 +37,12 @@ def rank_main(folder: Path) -> None:
         model.save_pretrained(folder / f"saved {source}")
         dist.barrier()
         assert equal_states(load(folder / f"saved {source}"), whole)
+    with mock.patch.object(LutLinear, "_suits_kernels", lambda layer: True):  # the order that kernels want
+        model = load(folder / "quantized", **plan)
+        assert all(layer.in_kernel_order for layer in model.modules() if isinstance(layer, LutLinear))
+        model.save_pretrained(folder / "saved from kernel order")
+    dist.barrier()
+    assert equal_states(load(folder / "saved from kernel order"), whole)
     rotated = higgs_spec(3, 16, hadamard_size=16)
     with torch.no_grad():
         expected = load(folder / "dense", quantization_config=FluteConfig(rotated))(prompt()).logits
@@ -49,24 +57,30 @@ def rank_main(folder: Path) -> None:
     dist.barrier()
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
-def test_two_ranks(tmp_path: Path) -> None:
-    dense = saved(tmp_path / "dense", "Qwen2", **SHARE)
-    load(dense, quantization_config=FluteConfig(bits=3, group_size=16)).save_pretrained(tmp_path / "quantized")
-    load(dense, quantization_config=FluteConfig(bits=3, group_size=64)).save_pretrained(tmp_path / "wide groups")
+def run_ranks(file: str, folder: Path, devices: str) -> str:
+    """Run ``file`` on two ranks that see ``devices`` (CUDA_VISIBLE_DEVICES); what they print."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     root = Path(__file__).resolve().parent.parent
     paths = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [*launcher, __file__, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        [*launcher, file, str(folder)],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": devices},
         capture_output=True,
         text=True,
         timeout=240,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
+def test_two_ranks(tmp_path: Path) -> None:
+    dense = saved(tmp_path / "dense", "Qwen2", **SHARE)
+    load(dense, quantization_config=FluteConfig(bits=3, group_size=16)).save_pretrained(tmp_path / "quantized")
+    load(dense, quantization_config=FluteConfig(bits=3, group_size=64)).save_pretrained(tmp_path / "wide groups")
+    run_ranks(__file__, tmp_path, devices="")
 
 
 if __name__ == "__main__":

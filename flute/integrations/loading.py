@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
 
 from ..checkpoint.files import refuse
@@ -31,6 +30,7 @@ from ..errors import CheckpointError, FluteError, IntegrationError
 from ..experts import LutExperts
 from ..linear import LutLinear
 from ..packing import pack_codes
+from ..parallel import is_cut, local, placed_like
 from ..quantize import quantize
 from ..spec import CUSTOM_TABLE, QuantSpec
 from ..tables import named_table, resolve_table
@@ -183,18 +183,18 @@ class Quantize(ConversionOps):
 
     def _fill(self, name: str, layer: LutLinear, dense: torch.Tensor) -> None:
         waiting = layer.weight
-        shape = _local(waiting).shape
+        shape = local(waiting).shape
         if dense.shape != shape:
             raise CheckpointError(f"layer {name!r}: weight is {tuple(dense.shape)}; the model needs {tuple(shape)}")
         table = self.table if layer.spec.table == CUSTOM_TABLE else None
         _check_shard(name, layer, dense.shape[1], waiting)
         made = quantize(dense, layer.spec, table=table, scale=self.scale, scale_dtype=dense.dtype, name=name)
-        layer.weight = _placed_like(waiting, pack_codes(made.codes, layer.spec.code_bits))
-        layer.scales = _placed_like(waiting, made.scales)
+        layer.weight = _fixed(placed_like(waiting, pack_codes(made.codes, layer.spec.code_bits)))
+        layer.scales = _fixed(placed_like(waiting, made.scales))
         _mark_loaded(layer.scales)
         values = resolve_table(layer.spec, table).to(device=dense.device, dtype=dense.dtype)
         layer.register_buffer("table", values, persistent=layer.spec.table == CUSTOM_TABLE)
-        if not isinstance(waiting, DTensor):
+        if not is_cut(waiting):  # of a part, `finish_layer` still asks for its columns
             layer.arrange()
 
     def _fill_stack(self, name: str, layer: LutExperts, dense: torch.Tensor) -> None:
@@ -212,21 +212,13 @@ def _mark_loaded(parameter: torch.Tensor) -> None:
     parameter._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a DTensor, any other tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _placed_like(waiting: torch.Tensor, local: torch.Tensor) -> nn.Parameter:
-    """``local`` as a parameter; under tensor parallelism with the mesh and placement of the dense weight."""
-    if isinstance(waiting, DTensor):
-        local = DTensor.from_local(local, waiting.device_mesh, waiting.placements, run_check=False)
-    return nn.Parameter(local, requires_grad=False)
+def _fixed(tensor: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
 
 
 def _check_shard(name: str, layer: LutLinear, columns: int, waiting: torch.Tensor) -> None:
     """A rank's columns must hold whole groups, bytes and rotated blocks, else they are cut at different places."""
-    if not isinstance(waiting, DTensor) or columns == layer.in_features:
+    if not is_cut(waiting) or columns == layer.in_features:
         return
     group, bits, block = layer.spec.group(layer.in_features), layer.spec.bits, layer.spec.hadamard_size
     if block and columns % block:
@@ -257,15 +249,15 @@ def finish_layer(name: str, layer: LutLinear) -> None:
     layer.scales.requires_grad_(False)
     if layer.spec.table != CUSTOM_TABLE and not layer.table.is_meta:
         layer.table = named_table(layer.spec.table).to(device=layer.table.device, dtype=layer.scales.dtype)
-    if isinstance(layer.weight, DTensor):
-        row_bytes = _local(layer.weight).shape[1]
-        if row_bytes != layer.spec.row_bytes(layer.in_features):
-            _check_shard(name, layer, row_bytes * 8 // layer.spec.bits, layer.weight)
-    elif not layer.weight.is_meta:  # an offloaded layer comes to the device in the checkpoint's order, call by call
-        for part in ("scales", "table"):
-            if not bool(torch.isfinite(getattr(layer, part)).all()):
-                raise CheckpointError(f"layer {name!r}: {part} hold NaN or Inf in {layer.scales.dtype}")
-        layer.arrange()
+    if layer.weight.is_meta:  # an offloaded layer comes to the device in the checkpoint's order, call by call
+        return
+    row_bytes = 0 if layer.in_kernel_order else local(layer.weight).shape[1]
+    if is_cut(layer.weight) and row_bytes != layer.spec.row_bytes(layer.in_features):
+        _check_shard(name, layer, row_bytes * 8 // layer.spec.bits, layer.weight)
+    for part in ("scales", "table"):
+        if not bool(torch.isfinite(local(getattr(layer, part))).all()):
+            raise CheckpointError(f"layer {name!r}: {part} hold NaN or Inf in {layer.scales.dtype}")
+    layer.arrange()
 
 
 def dense_linear(layer: LutLinear, dtype: torch.dtype | None = None) -> nn.Linear:

@@ -21,6 +21,7 @@ from transformers.core_model_loading import MergeModulelist, SplitModulelist, We
 
 from ..errors import CheckpointError, IntegrationError
 from ..experts import ROLES, LutExperts
+from ..parallel import is_cut
 from ..spec import CUSTOM_TABLE, QuantSpec
 from ..tables import named_table
 
@@ -212,7 +213,7 @@ def refuse_shards(name: str, weight: torch.Tensor) -> None:
     Raises:
         IntegrationError: this weight is.
     """
-    if hasattr(weight, "device_mesh"):
+    if is_cut(weight):
         raise IntegrationError(
             f"layer {name!r}: quantized experts cannot be spread by tensor parallelism; load on one GPU, use a "
             "device_map, or leave the experts dense (modules_to_not_convert)"
