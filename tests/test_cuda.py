@@ -1,5 +1,6 @@
 """The CUDA backend on a real GPU: a short cut through benchmarks/kernel_matrix.py, and what that leaves out."""
 
+import copy
 import threading
 
 import pytest
@@ -171,10 +172,11 @@ def test_another_device_than_the_current_one() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     linear = layer()
-    other = layer().to("cuda:1")
+    other = copy.deepcopy(linear).to("cuda:1")
     for m in (4, 80):
         x = torch.randn(m, 2048, device="cuda").half()
         assert torch.equal(other(x.to("cuda:1")).to("cuda:0"), linear(x))
+        assert torch.cuda.current_device() == 0  # and it stays what it was
 
 
 def test_gradients() -> None:

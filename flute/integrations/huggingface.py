@@ -288,7 +288,7 @@ class FluteHfQuantizer(HfQuantizer):
         attach_hook(layer, hook)
         untie_head(model, name)
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         """``model.dequantize()``: every LutLinear and LutExperts becomes the dense module it stands for."""
         from ..experts import LutExperts
         from ..linear import LutLinear
@@ -296,6 +296,8 @@ class FluteHfQuantizer(HfQuantizer):
         from .loading import dense_linear
         from .mixtures import dense_experts
 
+        if isinstance(dtype, str):  # as a config holds it that was never written to a file
+            dtype = getattr(torch, dtype)
         for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, (LutLinear, LutExperts))]:
             hook = release_hook(name, layer)
             dense = dense_linear(layer, dtype) if isinstance(layer, LutLinear) else dense_experts(layer, dtype)

@@ -70,11 +70,13 @@ def gpu(device: int) -> plan.Gpu:
     probe = plan.make(bare, 1, 4096, 4096, 4, 64)
     assert probe is not None, "one token of K = 4096 fits on every GPU with clusters"
     kernel, core = _kernel(device, "decode.cu", probe.macros(4, False), "lut_decode"), _core()
-    core.Device(device).set_current()  # torch makes its context current only with the first allocation
     counts = [(1, sms)]
-    for split in plan.CLUSTER_SIZES[1:]:
-        config = core.LaunchConfig(grid=sms // split, cluster=split, block=512, shmem_size=shared - 1024)
-        counts.append((split, kernel.occupancy.max_active_clusters(config, stream=core.Device(device).default_stream)))
+    with torch.cuda.device(device):
+        core.Device(device).set_current()  # torch makes its context current only with the first allocation
+        stream = core.Device(device).default_stream
+        for split in plan.CLUSTER_SIZES[1:]:
+            config = core.LaunchConfig(grid=sms // split, cluster=split, block=512, shmem_size=shared - 1024)
+            counts.append((split, kernel.occupancy.max_active_clusters(config, stream=stream)))
     return plan.Gpu(sms, shared, arch, tuple(counts))
 
 
