@@ -296,11 +296,11 @@ class FluteHfQuantizer(HfQuantizer):
         from .loading import dense_linear
         from .mixtures import dense_experts
 
-        if isinstance(dtype, str):  # as a config holds it that was never written to a file
-            dtype = getattr(torch, dtype)
+        # a config that was never written to a file may hold the name
+        kind: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, (LutLinear, LutExperts))]:
             hook = release_hook(name, layer)
-            dense = dense_linear(layer, dtype) if isinstance(layer, LutLinear) else dense_experts(layer, dtype)
+            dense = dense_linear(layer, kind) if isinstance(layer, LutLinear) else dense_experts(layer, kind)
             model.set_submodule(name, dense)
             attach_hook(dense, hook)
         return model
