@@ -188,7 +188,7 @@ def _run(
     """Figures of a run; ``texts`` is what a calibrated method reads, None rounds to nearest."""
     from ..checkpoint import streaming
     from ..checkpoint.plan import make_plan
-    from ..integrations import folders, mixtures
+    from ..integrations import card, folders, mixtures
     from ..methods.folder import quantize_folder
 
     started = time.perf_counter()
@@ -225,6 +225,7 @@ def _run(
                 if made.learned is not None:
                     more["learned"] = asdict(made.learned)
         report = folders.validate(output)
+        card.write(report, base=model, force=True)
         return {
             "output": str(output),
             "method": options.get("method", "rtn"),

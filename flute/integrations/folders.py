@@ -44,6 +44,11 @@ def embedded() -> Path:
     return Path(__file__).resolve().parent.parent / "data" / EMBEDDED
 
 
+def is_hub_id(model: str) -> bool:
+    """Whether ``model`` has the form of a hub id and is nothing on this disk."""
+    return bool(_HUB_ID.fullmatch(model)) and not Path(model).expanduser().exists()
+
+
 def find(model: str) -> Found:
     """The folder of MODEL; a hub id is downloaded (safetensors, JSON and tokenizer only) or taken from the hub's cache.
 
@@ -64,7 +69,7 @@ def find(model: str) -> Found:
         return Found(path, files[0])
     if path.exists():
         raise CheckpointError(f"{path} is not a model; give a folder, a .gguf file, a hub id, or the word {EMBEDDED!r}")
-    if not _HUB_ID.fullmatch(model):
+    if not is_hub_id(model):
         raise CheckpointError(
             f"{model!r} does not exist; give a folder, a .gguf file, a hub id (name/model), or the word {EMBEDDED!r}"
         )

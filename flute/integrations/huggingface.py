@@ -249,7 +249,7 @@ class FluteHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from ..experts import LutExperts
         from ..linear import LutLinear
-        from . import fusion, loading, mixtures
+        from . import card, fusion, loading, mixtures
 
         if self._failures:
             raise self._failures[0]
@@ -267,6 +267,7 @@ class FluteHfQuantizer(HfQuantizer):
             model._weight_conversions += mixtures.scale_converters(model._weight_conversions)
         if self.quantization_config.fuse:
             fusion.fuse(model)
+        model.add_model_tags(card.tags(self.quantization_config.record.spec))
         return model
 
     def _quantize_tied_head(self, model: Any, name: str) -> None:
