@@ -64,7 +64,7 @@ def main() -> None:
     model = learn_scales(
         model=load(), tokenizer=tokenizer, num_bits=options.bits, group_size=64, custom_corpora=[text],
         samples=options.samples, window=options.window, logging=sys.stderr.isatty(),
-        lr=5e-3, relative=True, objective="kl",
+        epochs=2, lr=5e-3, relative=True, objective="kl", scale="mse",  # mse: learning starts from searched scales
     )  # fmt: skip
     prepare_model_flute("model.layers", model.model.layers, num_bits=options.bits, group_size=64)
     measure(f"nf{options.bits} learned", model)
