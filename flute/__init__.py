@@ -17,13 +17,19 @@ _PUBLIC = {
     "QuantSpec": "flute.spec",
     "dequantize": "flute.quantize",
     "lut_linear": "flute.kernels.ops",
+    "qgemm": "flute.integrations.gemm",
+    "qgemm_hadamard": "flute.integrations.gemm",
     "quantize": "flute.quantize",
 }
 
-__all__ = ["FluteConfig", "FluteError", "LutLinear", "QuantSpec", "__version__", "dequantize", "lut_linear", "quantize"]
+__all__ = [
+    "FluteConfig", "FluteError", "LutLinear", "QuantSpec", "__version__", "dequantize", "lut_linear", "qgemm",
+    "qgemm_hadamard", "quantize",
+]  # fmt: skip
 
 if TYPE_CHECKING:
     from flute.errors import FluteError
+    from flute.integrations.gemm import qgemm, qgemm_hadamard
     from flute.integrations.huggingface import FluteConfig
     from flute.kernels.ops import lut_linear
     from flute.linear import LutLinear

@@ -26,6 +26,9 @@ def register() -> None:
 
         if not autoregister():
             return
+        from flute.integrations import distribution
+
+        distribution.provide()
         module = sys.modules.get(_TARGETS[0])
         if module is not None and not getattr(module.__spec__, "_initializing", False):
             _register_now()

@@ -3,7 +3,8 @@
 Nothing has to be tuned: without it the analytic choice runs (`flute.kernels.choice`). What is found is kept in the
 cache directory, per GPU, driver and version of the kernels, and never in a checkpoint. ``flute tune`` does the same.
 
-Upstream FLUTE's `TuneTask` and `tune_tasks_legacy` work by name.
+Upstream FLUTE's `TuneTask`, `tune_tasks_legacy` and `tune_and_pack` work by name, and so does what transformers' HIGGS
+takes from here: `TuneMetaData`, `qgemm_v2`, `maybe_tune_and_repack`.
 """
 
 from __future__ import annotations
@@ -16,13 +17,19 @@ from torch import nn
 
 from .bench import tuning
 from .bench.tuning import CANDIDATES, Result
+from .integrations import container
+from .integrations.container import TuneMetaData
+from .integrations.gemm import maybe_tune_and_repack, qgemm_v2
 from .kernels import layout
 from .linear import LutLinear
 from .spec import CUSTOM_TABLE, QuantSpec
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64)
 
-__all__ = ["CANDIDATES", "TOKENS", "Result", "TuneTask", "tune", "tune_model", "tune_tasks_legacy"]
+__all__ = [
+    "CANDIDATES", "TOKENS", "Result", "TuneMetaData", "TuneTask", "maybe_tune_and_repack", "qgemm_v2", "tune",
+    "tune_and_pack", "tune_model", "tune_tasks_legacy",
+]  # fmt: skip
 
 
 def tune(
@@ -103,3 +110,36 @@ def tune_tasks_legacy(tasks: Sequence[TuneTask], num_seeds: int = 3) -> None:
     for task in tasks:
         spec = QuantSpec(task.num_bits, task.group_size, CUSTOM_TABLE)
         tune([(task.N, task.K)], [task.M], spec=spec, dtype=task.dtype, device=torch.device(task.device).index or 0)
+
+
+def tune_and_pack(
+    inputs: torch.Tensor,
+    weight: torch.Tensor,
+    num_bits: int,
+    group_size: int,
+    num_seeds: int = 3,
+    check_correctness: bool = True,
+    check_num_seeds: int = 3,
+) -> tuple[torch.Tensor, TuneMetaData]:
+    """Upstream's packing: tune for so many tokens on the GPU of ``inputs`` (on a CPU nothing is), and pack the codes.
+
+    Args:
+        inputs: (M, K), float16 or bfloat16; its values do not count.
+        weight: codes (K, N), any integers below 2**num_bits.
+        num_seeds, check_correctness, check_num_seeds: accepted and not needed; tuning checks every answer.
+
+    Returns:
+        Container int16 (N * num_bits / 16, K) on the device of ``inputs``, and its metadata.
+
+    Raises:
+        TuneError: the kernels take no such weights, or what was found cannot be kept on disk.
+        OperatorError: a code does not fit, or N columns do not fill whole int16.
+    """
+    tokens, (width, rows) = inputs.numel() // inputs.shape[-1], weight.shape
+    packed = container.from_codes(weight.to(inputs.device, torch.uint8).T, num_bits)
+    if inputs.is_cuda:
+        spec = QuantSpec(num_bits, group_size, CUSTOM_TABLE)
+        tune([(rows, width)], [tokens], spec=spec, dtype=inputs.dtype, device=inputs.get_device())
+    packed, order = container.arrange(packed, num_bits, group_size, container.CHECKPOINT_ORDER)
+    sizes = (tokens, rows, width, num_bits, group_size, 0)
+    return packed, TuneMetaData(*sizes, inputs.dtype, packed.device, order)

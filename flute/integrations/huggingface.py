@@ -320,9 +320,13 @@ def mark_quantized(model: Any, record: ModelSpec) -> None:
 
 
 def register() -> None:
-    """Make transformers know ``quant_method: "flute"``. Does nothing the second time."""
+    """Make transformers know ``quant_method: "flute"``, and mend its "higgs". Does nothing the second time."""
     AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(QUANT_METHOD, FluteConfig)
     AUTO_QUANTIZER_MAPPING.setdefault(QUANT_METHOD, FluteHfQuantizer)
+    if "higgs" in AUTO_QUANTIZER_MAPPING:
+        from .higgs_quantizer import FluteHiggsQuantizer
+
+        AUTO_QUANTIZER_MAPPING["higgs"] = FluteHiggsQuantizer
 
 
 def from_pretrained(repo_id: str, **kwargs: Any) -> Any:

@@ -40,7 +40,7 @@ from ..spec import whole_group
 
 TILE_ROWS = 16
 CHUNK_K = 128
-LAYOUT_VERSION = 4  # part of every kernel's cache key: change it with any change of order
+LAYOUT_VERSION = 4  # in kernels' cache keys and HIGGS containers on disk: any other order is another version
 _BLOCK_K = 32
 _LANE_WORDS = {4: 8, 3: 6, 2: 4}
 _SLICE_WEIGHTS = 1 << 24  # packing works on slices of rows: int64 scratch stays near 128 MB
