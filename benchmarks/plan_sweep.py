@@ -30,7 +30,7 @@ TOKENS = {4: [1, 4, 8, 16, 32, 64, 128, 256, 1024], 2: [1, 4, 8, 16, 32, 64, 128
 COPIES, LARGEST = 24, 1.3e11
 FIELDS = (
     "tokens", "rows", "ways", "split", "blocks", "stages", "row_tiles", "clusters", "passes", "per_sm", "boxes", "wide",
-    "span",
+    "span", "cut",
 )  # fmt: skip
 
 

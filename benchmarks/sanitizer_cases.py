@@ -46,8 +46,8 @@ def kinds(m: int, n: int, k: int, bits: int, group: int, only_mma: bool) -> list
 
 def rotations() -> int:
     """The Hadamard kernel: several transforms a chunk, one, and clusters of two and four. Returns the launches."""
-    cases = [(24, 11), (96, 7), (512, 5), (1024, 3), (4096, 3), (5120, 2), (14336, 2), (14336, 40), (24576, 2)]
-    cases += [(28672, 2), (28672, 40)]
+    cases = [(4, 9), (24, 11), (64, 7), (96, 7), (512, 5), (1024, 3), (4096, 3), (5120, 2), (14336, 2), (14336, 40)]
+    cases += [(24576, 2), (28672, 2), (28672, 40)]
     for size, m in cases:
         x = torch.randint(-3, 4, (m, size), device="cuda").half()
         assert torch.equal(hadamard(x, size), transform(x, size)), (size, m)
@@ -77,6 +77,23 @@ def grouped() -> int:
     return launches
 
 
+def cut() -> int:
+    """Tiles cut along K: two and three blocks meet in one; returns the launches."""
+    if not cuda.gpu(0).has_wgmma:
+        return 0
+    n, k, found = 13001, 1096, []
+    for bits, group, m in ((4, 64, 128), (3, 32, 190), (2, -1, 250)):
+        problem = Problem(Case(n, k, QuantSpec(bits, group, "custom"), torch.float16))
+        x, block = torch.randn(m, k, device="cuda").half(), plan.group_block(problem.spec.group(k), k)
+        made = [one for one in tiles.candidates(cuda.gpu(0), m, n, k, bits, block) if one.cut]
+        for forced in made:
+            y = cuda.lut_linear(x, *problem.given, problem.table, None, n, bits, group, forced=forced)
+            assert y is not None and relative(y, problem.exact(x)) < 1e-3, forced
+        assert made
+        found += made
+    return len(found)
+
+
 def main() -> None:
     """Run all cases and check their answers too."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -85,7 +102,7 @@ def main() -> None:
     parser.add_argument("--mma", action="store_true", help="the mma kernel alone")
     arguments = parser.parse_args()
     shapes = [] if arguments.grouped else SHAPES[:1] if arguments.quick else SHAPES
-    launches = grouped() if arguments.grouped else rotations()
+    launches = grouped() if arguments.grouped else rotations() + cut()
     for n, k in shapes:
         for bits in (2, 3, 4):
             for group, vector in ((32, 1), (64, 1), (128, 2 if k % 2 == 0 else 1), (-1, 1)):

@@ -71,6 +71,15 @@ def test_every_tiling(bits: int, bf16: bool, group: int, half: int) -> None:
             assert not complaints(report("matmul.cu", dict(made.macros(bits, bf16)), "sm_90a")), made
 
 
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_every_tiling_that_is_cut(bits: int) -> None:
+    for number, (tokens, rows) in enumerate(sorted(tiles._CUT)):
+        bf16, group = (number + bits) % 2 == 1, (32, 64, 128)[(number + bits) % 3]
+        made = tiles.tiling(H100, tokens, 28672, 4096, bits, group, tokens, rows, 1, 1, 1, True, cut=True)
+        assert made is not None
+        assert not complaints(report("matmul.cu", dict(made.macros(bits, bf16)), "sm_90a")), made
+
+
 MMA_GPUS = ("A100", "RTX 3090", "L40S", "B200", "RTX 5090")
 CASES = [(2, True, 64), (3, True, 32), (2, False, 128), (3, False, 64), (4, True, 32), (4, False, 64), (4, False, 128)]
 

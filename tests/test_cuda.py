@@ -73,6 +73,73 @@ def test_every_legal_tiling_gives_exact_integers(bits: int, group: int) -> None:
             assert y is not None and torch.equal(y, exact), (m, forced)
 
 
+def cut_tilings(m: int, n: int, k: int, bits: int, group: int) -> list[tiles.Tiling]:
+    """Every tiling that cuts tiles along K, its estimate aside."""
+    gpu, block = cuda.gpu(0), plan.group_block(QuantSpec(bits, group, "custom").group(k), k)
+    made = [
+        tiles.tiling(gpu, m, n, k, bits, block, *shape[:3], 1, shape[3], wide, cut=True)
+        for shape in tiles.variants()
+        for wide in (True, False)
+    ]
+    return [one for one in made if one is not None]
+
+
+@pytest.mark.parametrize(("bits", "group"), [(4, 64), (3, 32), (2, -1)])
+def test_cut_tiles_give_exact_integers(bits: int, group: int) -> None:
+    """Fewer tiles than blocks, so that three meet in one, a wave and some, several waves and some."""
+    if not cuda.gpu(0).has_wgmma:
+        pytest.skip("the matmul kernel is for Hopper")
+    k, seen = 1096, 0
+    for n, m in ((9001, 130), (20000, 200), (9000, 1500)):
+        problem = Problem(Case(n, k, QuantSpec(bits, group, "custom"), torch.float16), integers=True)
+        x = torch.randint(-3, 4, (m, k), device="cuda").half()
+        bias = torch.randint(-8, 9, (n,), device="cuda").half()
+        exact = problem.exact(x, bias).float().half()
+        found = cut_tilings(m, n, k, bits, group)
+        cuda.compile_ahead(0, found, bits, False)
+        for forced in found:
+            for _ in range(5):
+                y = cuda.lut_linear(x, *problem.given, problem.table, bias, n, bits, group, forced=forced)
+                assert y is not None and torch.equal(y, exact), (m, forced)
+            seen += 1
+    assert seen > 8
+
+
+@torch.no_grad()
+def test_cut_tiles_on_streams_and_in_graphs() -> None:
+    """Launches of several streams at once, each with parts of its own to wait for; the same bits every time."""
+    if not cuda.gpu(0).has_wgmma:
+        pytest.skip("the matmul kernel is for Hopper")
+    n, k, m = 28672, 2048, 256
+    linear, x = layer(n, k), torch.randn(m, k, device="cuda").half()
+    operands = (linear.weight, linear.scales, linear.table, linear.bias, n, 4, 64)
+    forced = next(one for one in cut_tilings(m, n, k, 4, 64) if one.tokens == 256)
+    right = cuda.lut_linear(x, *operands, forced=forced)
+    assert right is not None
+    torch.cuda.synchronize()
+    streams, wrong = [torch.cuda.Stream() for _ in range(4)], torch.zeros((), dtype=torch.int64, device="cuda")
+    counts = [torch.zeros_like(wrong) for _ in streams]
+    torch.cuda.synchronize()
+    for _ in range(50):
+        for stream, count in zip(streams, counts, strict=True):
+            with torch.cuda.stream(stream):
+                y = cuda.lut_linear(x, *operands, forced=forced)
+                assert y is not None
+                count += (y != right).sum()
+    torch.cuda.synchronize()
+    assert not sum(counts, wrong)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = cuda.lut_linear(x, *operands, forced=forced)
+        y = cuda.lut_linear(x + 0, *operands, forced=forced)
+    assert y is not None
+    for _ in range(200):
+        y.zero_()
+        graph.replay()
+        wrong += (y != right).sum()
+    assert not wrong
+
+
 def layer(n: int = 1000, k: int = 2048, spec: QuantSpec | None = None, dtype: torch.dtype = torch.float16) -> LutLinear:
     torch.manual_seed(0)
     dense = torch.nn.Linear(k, n, bias=True, dtype=dtype, device="cuda")

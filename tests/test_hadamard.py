@@ -167,7 +167,7 @@ def test_cuts_cover_every_size(gpu: str) -> None:
 VARIANTS = sorted(
     {
         walsh.choose(size, tokens * size, *GPUS["H100"])
-        for size in (2, 96, 512, 4096, 5120, 24576, 28672, 32768)
+        for size in (2, 8, 96, 512, 1024, 4096, 5120, 24576, 28672, 32768)
         for tokens in (1, 4096)
     },
     key=str,

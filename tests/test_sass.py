@@ -31,8 +31,8 @@ TOOL = disassembler()
 pytestmark = [needs_nvrtc, pytest.mark.skipif(TOOL is None, reason="no nvdisasm; pip install nvidia-cuda-nvdisasm")]
 
 
-def instructions(tmp_path: Path, file: str, macros: dict[str, int], arch: str, kernel: str) -> Counter[str]:
-    """How often each instruction, with its modifiers, stands in ``kernel``; without the dead ``LDS RZ``.
+def listing(tmp_path: Path, file: str, macros: dict[str, int], arch: str, kernel: str) -> list[str]:
+    """The instructions of ``kernel`` in order, with their modifiers; without the dead ``LDS RZ``.
 
     ptxas puts some of those in front of every LDGSTS; they load nothing.
     """
@@ -41,7 +41,12 @@ def instructions(tmp_path: Path, file: str, macros: dict[str, int], arch: str, k
     text = subprocess.run([str(TOOL), "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
     text = re.sub(r"(?m)^.*\bLDS RZ,.*$", "", text)
     section = text.split(f".text.{kernel}:")[1].split(".section")[0]
-    return Counter(re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", section, re.MULTILINE))
+    return re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", section, re.MULTILINE)
+
+
+def instructions(tmp_path: Path, file: str, macros: dict[str, int], arch: str, kernel: str) -> Counter[str]:
+    """How often each of `listing` stands there."""
+    return Counter(listing(tmp_path, file, macros, arch, kernel))
 
 
 def count(found: Counter[str], pattern: str) -> int:
@@ -49,17 +54,24 @@ def count(found: Counter[str], pattern: str) -> int:
 
 
 @pytest.mark.parametrize("bits", [4, 3, 2])
-@pytest.mark.parametrize(("tokens", "rows"), [(16, 4), (64, 4), (128, 2), (256, 2)])
-def test_matmul(tmp_path: Path, bits: int, tokens: int, rows: int) -> None:
-    made = tiles.tiling(GPUS["H100"], tokens, 8192, 4096, bits, 64, tokens, rows, 1, 1, 1, True)
+@pytest.mark.parametrize(
+    ("tokens", "rows", "cut"),
+    [(16, 4, False), (64, 4, False), (128, 2, False), (256, 2, False), (128, 3, True), (192, 2, True), (256, 2, True)],
+)
+def test_matmul(tmp_path: Path, bits: int, tokens: int, rows: int, cut: bool) -> None:
+    made = tiles.tiling(GPUS["H100"], tokens, 28672, 4096, bits, 64, tokens, rows, 1, 1, 1, True, cut=cut)
     assert made is not None
-    found = instructions(tmp_path, "matmul.cu", dict(made.macros(bits, False)), "sm_90a", "lut_matmul")
+    names = listing(tmp_path, "matmul.cu", dict(made.macros(bits, False)), "sm_90a", "lut_matmul")
+    found, steps = Counter(names), [at for at, name in enumerate(names) if name.startswith("HGMMA")]
+    # slots of the ring are known to be uniform: none is moved to a uniform register between tensor-core steps
+    assert "R2UR" not in names[steps[0] : steps[-1]]
     assert count(found, "HGMMA") == 8  # the steps of a chunk, once: unrolled, and no second copy for the end
     assert count(found, "WARPGROUP.DEPBAR") == 5  # one wait per two steps and one at the end: none behind every step
     # lookups: one a pair of weights, or two pairs at 2 bits; a word of scales per group; at 3 bits some codes
     assert count(found, r"LDS(\.64)?$") == {4: 32 + 2, 3: 32 + 2 + 1, 2: 16 + 2}[bits]
     assert count(found, "HMUL2") == 32
     assert count(found, "LDGSTS") > 0 and count(found, "UTMALDG") == 1
+    assert (count(found, "UBLKCP") > 0) == cut  # parts of tiles, by the copy engine
     assert count(found, "LDL|STL") == 0
 
 
@@ -82,6 +94,16 @@ def test_hadamard(tmp_path: Path) -> None:
     assert count(found, "LDS.64") == count(found, "STS.64") == 32
     assert count(found, "FADD") == 12 * 32 and count(found, "SHFL|LDL|STL") == 0
     assert sum(found.values()) <= 26 * 32
+
+
+def test_hadamard_in_a_warp(tmp_path: Path) -> None:
+    """512 elements, 16 a lane: five of nine additions an element go through shuffles, nothing through shared memory."""
+    cut = walsh.cut(512)
+    assert cut is not None and cut.vectors == 2
+    found = instructions(tmp_path, "hadamard.cu", dict(cut.macros("float16")), "sm_90", "hadamard")
+    assert count(found, r"LDG\.E\.128") == count(found, r"STG\.E\.128") == 2
+    assert count(found, "SHFL") == count(found, "FFMA") == 5 * 16 and count(found, "FADD") == 4 * 16
+    assert count(found, "LDS|STS|BAR|LDL|STL") == 0
 
 
 @pytest.mark.parametrize(

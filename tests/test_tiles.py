@@ -77,3 +77,52 @@ def test_the_walk_over_tiles_meets_each_once(m: int, units: int) -> None:
         rest, width = at - first * band * units, min(band, token_tiles - first * band)
         seen.append((rest // width, first * band + rest % width))
     assert sorted(seen) == [(unit, tile) for unit in range(units) for tile in range(token_tiles)]
+
+
+def turns(block: int, blocks: int, tiles_in_all: int, chunks: int) -> list[tuple[int, int, int]]:
+    """(tile, first chunk, chunks) of a block where tiles are cut: the same arithmetic as Work's in work.cuh."""
+    whole = max(0, tiles_in_all // blocks - 1) * blocks
+
+    def part(of: int) -> int:
+        return (tiles_in_all - whole) * chunks * (blocks - 1 - of) // blocks
+
+    found = [(tile, 0, chunks) for tile in range(block, whole, blocks)]
+    at, end = part(block), part(block - 1)
+    while at < end:
+        count = min(chunks - at % chunks, end - at)
+        found.append((whole + at // chunks, at % chunks, count))
+        at += count
+    return found
+
+
+@pytest.mark.parametrize("tiles_in_all", [67, 112, 133, 150, 192, 224, 263, 448, 1000])
+@pytest.mark.parametrize("chunks", [8, 9, 32, 112])
+def test_parts_of_cut_tiles_cover_each_chunk_once(tiles_in_all: int, chunks: int) -> None:
+    """And only a block's last turn waits, for blocks with smaller numbers, which leave one part each at most."""
+    blocks, seen, left = 132, [], {}
+    for block in range(blocks):
+        mine = turns(block, blocks, tiles_in_all, chunks)
+        seen += [(tile, chunk) for tile, first, count in mine for chunk in range(first, first + count)]
+        parts = [(tile, first) for tile, first, count in mine if first > 0]
+        assert len(parts) <= 1  # the workspace has room for one
+        left[block] = parts
+        waits = [number for number, (_, first, count) in enumerate(mine) if first == 0 and count < chunks]
+        assert waits in ([], [len(mine) - 1])
+        for number in waits:
+            tile, _, chunk = mine[number]
+            other = block - 1
+            while chunk < chunks:  # the kernel goes through the blocks below in turn
+                assert left[other] == [(tile, chunk)]
+                chunk += next(count for at, first, count in turns(other, blocks, tiles_in_all, chunks) if at == tile)
+                other -= 1
+            assert chunk == chunks
+    assert sorted(seen) == [(tile, chunk) for tile in range(tiles_in_all) for chunk in range(chunks)]
+
+
+def test_only_what_leaves_the_gpu_uneven_is_cut() -> None:
+    def made(m: int, n: int) -> tiles.Tiling | None:
+        return tiles.tiling(H100, m, n, 4096, 4, 64, 256, 2, 1, 1, 1, True, cut=True)
+
+    assert made(256, 132 * 128) is None and made(256, 65 * 128) is None
+    chosen = made(256, 28672)
+    assert chosen is not None and chosen.blocks == 132 and chosen.workspace * 4 == 640 + 132 * 128 * 256 * 4

@@ -1,8 +1,8 @@
 """The CUDA backend: launches the kernels of ``cuda/*.cu`` on torch's tensors and current stream.
 
 Nothing here synchronises with the host, or keeps state between calls but plans and kernels it has looked up, so calls
-are safe on several streams and inside CUDA graphs: the only memory besides y is, on GPUs without clusters, a float32
-workspace from torch's allocator.
+are safe on several streams and inside CUDA graphs: the only memory besides y is a float32 workspace from torch's
+allocator, on GPUs without clusters and where tiles are cut.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from .boxes import tensor_map
 
 _MINIMUM_CAPABILITY = (8, 0)
 _FILES: dict[type, str] = {plan.Plan: "decode.cu", tiles.Tiling: "matmul.cu", mma.Tiling: "mma.cu"}
+_LARGE = ("lut_decode", "lut_matmul", "lut_mma", "hadamard")
 _thread = threading.local()
 
 
@@ -88,12 +89,7 @@ def _target(device: int, file: str) -> str:
 @cache
 def _kernel(device: int, file: str, macros: tuple[tuple[str, int], ...], name: str) -> Any:
     kernel = jit.load(file, macros, _target(device, file), name)
-    if name in (
-        "lut_decode",
-        "lut_matmul",
-        "lut_mma",
-        "hadamard",
-    ):  # more than 48 KiB of shared memory must be asked for
+    if name in _LARGE:  # more than 48 KiB of shared memory must be asked for
         from cuda.bindings import driver
 
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -204,9 +200,9 @@ class _Prepared(NamedTuple):
     kernel: Any
     config: Any
     sizes: tuple[int, ...]  # the kernel's last arguments
-    partial: tuple[int, int, int] | None = None  # float32 workspace of GPUs without clusters, and who adds it up
-    reduce: Any = None
-    reduce_config: Any = None
+    workspace: tuple[int, ...] = ()  # of float32: slices of K where there are no clusters, parts of tiles that are cut
+    second: Any = None  # kernel that adds up slices, or clears the flags in front of parts
+    second_config: Any = None
 
 
 _launches: dict[
@@ -289,19 +285,20 @@ def _run(
     x, weight, scales, table = _aligned(x), _aligned(weight), _aligned(scales), _aligned(table)
     bias = None if bias is None else bias.contiguous()
     operands = (weight.data_ptr(), scales.data_ptr(), table.data_ptr(), int(table.dim() == 2))
-    add, out, shape = _pointer(bias), y.data_ptr(), launch.partial
+    add, out, shape = _pointer(bias), y.data_ptr(), launch.workspace
+    work = torch.empty(shape, dtype=torch.float32, device=x.device) if shape else None
+    parts = _pointer(work)
     if k % 8 and not isinstance(launch.chosen, plan.Plan):  # the others copy 16 bytes of a row at a time
         x = torch.nn.functional.pad(x, (0, -k % 8))
     if isinstance(launch.chosen, tiles.Tiling):
         box = tensor_map(device, x.data_ptr(), m, x.shape[-1], launch.chosen.tokens)
-        _launch(device, launch.config, launch.kernel, box, *operands, add, out, *launch.sizes)
-    elif shape is None:
-        _launch(device, launch.config, launch.kernel, *operands, x.data_ptr(), add, out, 0, *launch.sizes)
+        if shape:
+            _launch(device, launch.second_config, launch.second, parts, launch.chosen.blocks)
+        _launch(device, launch.config, launch.kernel, box, *operands, add, out, parts, *launch.sizes)
     else:
-        partial = torch.empty(shape, dtype=torch.float32, device=x.device)
-        parts = partial.data_ptr()
         _launch(device, launch.config, launch.kernel, *operands, x.data_ptr(), add, out, parts, *launch.sizes)
-        _launch(device, launch.reduce_config, launch.reduce, parts, add, out, m, n, shape[0])
+        if shape:
+            _launch(device, launch.second_config, launch.second, parts, add, out, m, n, shape[0])
     return y
 
 
@@ -352,21 +349,28 @@ def _with_workspace(launch: _Prepared, macros: tuple[tuple[str, int], ...]) -> _
     """Slices of K go to a workspace, and the decode kernel of ``macros`` brings what adds them up."""
     device, m, n = launch.problem[:3]
     return launch._replace(
-        partial=(launch.chosen.split, m, n),
-        reduce=_kernel(device, "decode.cu", macros, "lut_reduce"),
-        reduce_config=_config((-(-m * n // 256), 1), 256, 0, 1, False),
+        workspace=(launch.chosen.split, m, n),
+        second=_kernel(device, "decode.cu", macros, "lut_reduce"),
+        second_config=_config((-(-m * n // 256), 1), 256, 0, 1, False),
     )
 
 
 def _prepare_matmul(problem: _Problem, chosen: tiles.Tiling) -> _Prepared:
     device, m, n, k, bits, group, bf16 = problem
-    split = chosen.split
-    return _Prepared(
+    split, macros = chosen.split, chosen.macros(bits, bf16)
+    launch = _Prepared(
         problem,
         chosen,
-        _kernel(device, "matmul.cu", chosen.macros(bits, bf16), "lut_matmul"),
+        _kernel(device, "matmul.cu", macros, "lut_matmul"),
         _config((chosen.blocks // split, 1), chosen.threads, chosen.shared_bytes, split, True),
         (m, n, k, -(-k // group), _group_magic(group, k), split, -(-(1 << 32) // split), chosen.span, 0, 0),
+    )
+    if not chosen.cut:
+        return launch
+    return launch._replace(
+        workspace=(chosen.workspace,),
+        second=_kernel(device, "matmul.cu", macros, "clear_flags"),
+        second_config=_config((1, 1), 128, 0, 1, True),
     )
 
 

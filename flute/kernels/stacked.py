@@ -57,7 +57,7 @@ def lut_grouped_linear(
     box = boxes.tensor_map(device, x.data_ptr(), m, x.shape[-1], chosen.tokens)
     cuda._launch(
         device, launch.config, launch.kernel, box, weight.data_ptr(), scales.data_ptr(), table.data_ptr(),
-        int(table.dim() == 2), cuda._pointer(bias), y.data_ptr(), *launch.sizes[:-2], offsets.data_ptr(),
-        chosen.experts,
+        int(table.dim() == 2), cuda._pointer(bias), y.data_ptr(), 0, *launch.sizes[:-2],
+        offsets.data_ptr(), chosen.experts,
     )  # fmt: skip
     return y

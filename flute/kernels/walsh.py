@@ -9,6 +9,9 @@ an exchange through shared memory between them; a thread holds in float32 pairs 
 
 Several blocks of x make a chunk where they are small, so that a thread has something to do. Where GPUs have clusters,
 ``split`` blocks of threads may share a chunk: each reads its share of the columns and owns its share of the radix.
+
+Blocks of 8 to 1024 without a factor need none of that: a warp holds one or more of them in registers, eight neighbours
+of a lane times ``vectors``.
 """
 
 from __future__ import annotations
@@ -21,13 +24,17 @@ from ..hadamard import conference, split
 
 _RUN = 32  # neighbours of phase 2
 _CHUNK = 1024  # the fewest elements of a chunk
+_WARP = 1024  # the largest size that a warp does alone
 _AHEAD_BYTES = 57344  # of x for each SM, between what a block reads and what it fetches for later
 _FETCHING = 4096  # the smallest size for which that was of use
 
 
 @dataclass(frozen=True)
 class Cut:
-    """One launch: ``batch`` transforms of (factor * 2**top) x 2**log by ``threads`` x ``split`` threads."""
+    """One launch: ``batch`` transforms of (factor * 2**top) x 2**log by ``threads`` x ``split`` threads.
+
+    ``vectors``: of eight neighbours, that each lane of a warp holds; 0 where threads meet in shared memory.
+    """
 
     factor: int
     top: int
@@ -35,6 +42,7 @@ class Cut:
     batch: int
     threads: int
     split: int
+    vectors: int = 0
 
     @property
     def size(self) -> int:
@@ -49,7 +57,7 @@ class Cut:
     @property
     def shared_bytes(self) -> int:
         """Of one thread block."""
-        return 4 * self.chunk // self.split
+        return 0 if self.vectors else 4 * self.chunk // self.split
 
     def macros(self, dtype: str) -> tuple[tuple[str, int], ...]:
         """What the kernel is compiled with; dtype is "float16", "bfloat16" or "float32"."""
@@ -63,6 +71,7 @@ class Cut:
             ("BATCH", self.batch),
             ("THREADS", self.threads),
             ("SPLIT", self.split),
+            ("VECTORS", self.vectors),
             ("SCALE", scale),
         )
 
@@ -77,6 +86,10 @@ def cut(size: int, parts: int = 1, threads: int | None = None) -> Cut | None:
     factor, bits = split(size)
     if bits == 0:
         return None
+    if factor == 1 and 8 <= size <= _WARP and parts == 1:
+        vectors = max(1, size // 256)
+        threads = threads or _CHUNK // (8 * vectors)
+        return Cut(1, 0, bits, threads * vectors * 8 // size, threads, 1, vectors)
     log = min(10, bits if factor > 1 else max(bits - 4, min(bits, 5)))
     radix = factor << bits - log
     batch = 1 if parts > 1 else 1 << max(0, math.ceil(math.log2(_CHUNK / size)))
@@ -123,7 +136,7 @@ def device_header(factor: int) -> str:
     rows = conference(factor) if factor > 1 else ()
     words = [sum(1 << j for j, value in enumerate(row) if value < 0) for row in rows]
     lines = [
-        f"constexpr int HALF = {len(rows)};",
+        f"[[maybe_unused]] constexpr int HALF = {len(rows)};",
         "__device__ __forceinline__ constexpr unsigned negative(int row) {",
         "  switch (row) {  // always a constant after unrolling",
     ]

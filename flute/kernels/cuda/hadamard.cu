@@ -18,9 +18,13 @@
 // With SPLIT > 1 the thread blocks of a cluster share one transform: each reads a share of the columns in phase 1 and
 // hands the results to the owners of the rows i through distributed shared memory; phases 2 and 3 stay at home.
 //
-// Host macros: FACTOR (1, 12, 20, 28), TOP, LOG >= 1, BATCH transforms of a chunk, THREADS, SPLIT, SCALE (bits of
-// 1 / sqrt(n)), BF16, FP32.
+// With VECTORS > 0 a warp has whole transforms of 8 to 1024 elements to itself, in registers: a lane holds 8 neighbours
+// VECTORS times, 256 apart. Five of the butterflies are shuffles, which fits the budget, and nobody waits for anybody.
+//
+// Host macros: FACTOR (1, 12, 20, 28), TOP, LOG >= 1, BATCH transforms of a chunk, THREADS, SPLIT, VECTORS, SCALE (bits
+// of 1 / sqrt(n)), BF16, FP32.
 
+#if VECTORS == 0
 constexpr int RADIX = FACTOR << TOP;
 constexpr int ROWS = RADIX / SPLIT;                          // of one transform that this block owns
 constexpr int PAIRS = (BATCH * ROWS << LOG) / 2;             // that this block holds
@@ -30,6 +34,7 @@ constexpr int LOW = LOG > 5 ? 16 : COLUMNS;                  // pairs of a run t
 constexpr int FIRST_ITEMS = BATCH * COLUMNS / SPLIT, FIRST_GROUP = RADIX < 16 ? 16 / RADIX : 1;
 constexpr int LAST_ITEMS = PAIRS / HIGH, LAST_GROUP = HIGH < 16 ? 16 / HIGH : 1;
 static_assert(PAIRS % 16 == 0 && RADIX % SPLIT == 0 && (SPLIT == 1 || BATCH == 1), "whole runs, whole rows");
+#endif
 
 #if FP32
 typedef float2 Word;
@@ -61,6 +66,69 @@ __device__ __forceinline__ void butterflies(float2 (&v)[COUNT]) {
     }
   }
 }
+
+__device__ __forceinline__ void wait_for_launch_before() {
+#if __CUDA_ARCH__ >= 900
+  // The next launch comes in when the one before is over: sooner, and its blocks would gather where that left room.
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+#if VECTORS
+
+constexpr int SIZE = FACTOR << TOP + LOG;
+struct __align__(16) Neighbours {
+  Word words[4];
+};
+
+// x and y: `words` pairs of neighbours, 16-byte aligned, whole transforms.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    hadamard(const Neighbours* x, Neighbours* y, u64 words, u64) {
+  const int lane = threadIdx.x & 31;
+  const u64 at = ((u64)blockIdx.x * (THREADS / 32) + (threadIdx.x >> 5)) * (VECTORS * 32) + lane;
+  wait_for_launch_before();
+  Neighbours raw[VECTORS];
+#pragma unroll
+  for (int c = 0; c < VECTORS; ++c) raw[c] = at + c * 32 < words / 4 ? x[at + c * 32] : Neighbours{};
+  float2 v[4][VECTORS];
+#pragma unroll
+  for (int c = 0; c < VECTORS; ++c) {
+    float2 here[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 pair = widen(raw[c].words[i]);
+      here[i] = make_float2(pair.x + pair.y, pair.x - pair.y);
+    }
+    butterflies<4>(here);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) v[i][c] = here[i];
+  }
+#pragma unroll
+  for (int step = 1; step < 32 && step < SIZE / 8; step *= 2) {
+    const float sign = lane & step ? -1.f : 1.f;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int c = 0; c < VECTORS; ++c) {
+        v[i][c].x = fmaf(sign, v[i][c].x, __shfl_xor_sync(~0u, v[i][c].x, step));
+        v[i][c].y = fmaf(sign, v[i][c].y, __shfl_xor_sync(~0u, v[i][c].y, step));
+      }
+    }
+  }
+  const float scale = __uint_as_float(SCALE);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    butterflies<(SIZE > 256 ? SIZE / 256 : 1)>(v[i]);
+#pragma unroll
+    for (int c = 0; c < VECTORS; ++c) raw[c].words[i] = round_once(v[i][c].x * scale, v[i][c].y * scale);
+  }
+#pragma unroll
+  for (int c = 0; c < VECTORS; ++c)
+    if (at + c * 32 < words / 4) y[at + c * 32] = raw[c];
+}
+
+#else
 
 // C v: as C is 0 on its diagonal and +-1 elsewhere, row i is (sum of all) - v_i - 2 (sum of those with a minus), which are
 // fewer than half.
@@ -217,11 +285,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #endif
   const u64 first = (u64)(blockIdx.x / SPLIT) * (PAIRS * SPLIT);
   const int left = words - first < PAIRS ? (int)(words - first) : PAIRS;  // asked for only where SPLIT is 1
-#if __CUDA_ARCH__ >= 900
-  // The next launch comes in when the one before is over: sooner, and its blocks would gather where that left room.
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
+  wait_for_launch_before();
 #if SPLIT > 1
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");  // all blocks of the cluster have begun
 #endif
@@ -238,3 +302,4 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   __syncthreads();
   last_columns(y + first + rank * PAIRS, left);
 }
+#endif

@@ -1,7 +1,8 @@
 // y (M, N) = x (M, K) . W^T (+ bias) on Hopper's tensor cores: codes become fragments of W in registers, x comes from
 // shared memory, and every decoded weight is used for TOKENS tokens at once.
 //
-// A block owns a tile of 64 ROWS rows of W (or a few less, so that all blocks together fit the GPU) times TOKENS tokens. COPY_WARPS + 1 warps only copy: codes and scales, and x.
+// A block owns a tile of 64 ROWS rows of W (or a few less, so that all blocks together fit the GPU) times TOKENS tokens.
+// COPY_WARPS + 1 warps only copy: codes and scales, and x.
 // ROWS x WAYS groups of four warps compute: wgmma.m64nTOKENSk16 takes 64 rows of W as its A operand, 16 per warp, in
 // just the fragments that packing prepared; each pair of weights is looked up, multiplied by its scales (one rounding to
 // 16 bits, as a dense checkpoint of these weights would have) and used. Fragments are double-buffered in registers, so
@@ -21,11 +22,14 @@
 // and the copying warps run ahead into the next tile while the last one is written. There may be blocks without a tile:
 // they stay until the launch before is over, and so keep the next one's blocks evenly spread.
 //
+// CUT, the last tiles are shared evenly by all blocks, cut along K (work.cuh). What a block has of a tile that another has
+// begun it leaves in a workspace; whoever has the first chunk adds it up. The copy engine brings it into x's ring.
+//
 // GROUPED, there is a stack of matrices W, and rows of x are sorted by the one (the expert) they belong to (work.cuh). A
 // box of x may run into the next expert's rows: what comes of those is not stored. Blocks are always persistent, and
 // partial sums of ways have room of their own.
 //
-// Host macros: BITS, BF16, GROUP_BLOCK, TOKENS, ROWS, WAYS, BLOCKS, X_BOXES, CODE_STAGES, GROUPED; in front of this text
+// Host macros: BITS, BF16, GROUP_BLOCK, TOKENS, ROWS, WAYS, COPY_WARPS, BLOCKS, X_BOXES, CODE_STAGES, GROUPED, CUT; in front of this text
 // lie work.cuh and wgmma() (flute/kernels/wgmma.py).
 
 constexpr int SCALE_SETS = CHUNK_K / GROUP_BLOCK;
@@ -33,9 +37,10 @@ constexpr int BOX_K = 64, BOX_BYTES = TOKENS * BOX_K * 2, STEPS = CHUNK_K / 16;
 constexpr int TILES = 4 * ROWS, CODE_BYTES = TILES * (CHUNK_BYTES + 32 * SCALE_SETS);
 constexpr int GROUPS = ROWS * WAYS, MATH_THREADS = 128 * GROUPS;
 // Registers a thread: where accumulators are many, the copying warps give away what they do not need.
-constexpr bool GIVE = GROUPS == 2 && TOKENS == 256;
-constexpr int MATH_REGISTERS = 216, COPY_REGISTERS = 72;
-constexpr int COPY_WARPS = GIVE || TILES > 8 ? 3 : TILES / 4, THREADS = MATH_THREADS + 32 * (COPY_WARPS + 1);
+constexpr bool GIVE = CUT || GROUPS == 2 && TOKENS == 256;
+constexpr int MATH_REGISTERS = GROUPS == 2 ? 216 : 144, COPY_REGISTERS = GROUPS == 2 ? 72 : 80;
+constexpr int THREADS = MATH_THREADS + 32 * (COPY_WARPS + 1);
+static_assert(!GIVE || COPY_WARPS == 3, "registers are handed over by whole groups of four warps");
 constexpr int FULL_X = 0, EMPTY_X = X_BOXES, FULL_CODES = 2 * X_BOXES, EMPTY_CODES = FULL_CODES + CODE_STAGES;
 constexpr int BARRIERS = EMPTY_CODES + CODE_STAGES;
 constexpr int RINGS = TABLE_BYTES, CODES = RINGS + X_BOXES * BOX_BYTES;
@@ -51,29 +56,101 @@ struct __align__(64) TensorMap {
   u64 opaque[16];
 };
 
-__device__ __forceinline__ void expect_bytes(u32 barrier, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
 __device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, int k, int token, u32 barrier) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
                ::"r"(to), "l"(&map), "r"(k), "r"(token), "r"(barrier)
                : "memory");
 }
 
+__device__ __forceinline__ void meet_math() { asm volatile("bar.sync 1, %0;" ::"n"(MATH_THREADS) : "memory"); }
+
+// ---- parts of tiles that are cut -----------------------------------------------------------------------------------------
+
+#if CUT
+static_assert(WAYS == 1 && !GROUPED, "a block's sums of a part of a tile are those of its groups");
+
+// What a block has of a tile whose first chunk is another's lies in the workspace, behind a flag for each block: planes of 8
+// tokens, 16 bytes a thread, of which two boxes' bytes are one group's.
+__device__ __forceinline__ u8* part_of(u32* workspace, int block) {
+  const int flags = (gridDim.x + 31) / 32 * 32;
+  return (u8*)(workspace + flags) + (u64)block * (2 * GROUPS * BOX_BYTES);
+}
+
+__device__ __forceinline__ void leave_part(const float (&acc)[TOKENS / 2], u32* workspace, int thread) {
+  float4* part = (float4*)(part_of(workspace, blockIdx.x) + (thread >> 7) * (2 * BOX_BYTES)) + (thread & 127);
+#pragma unroll
+  for (int i = 0; i < TOKENS / 8; ++i) {
+    __stcg(part + i * 128, make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]));
+  }
+  meet_math();
+  if (thread == 0) asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(workspace + blockIdx.x) : "memory");
+}
+
+// Whether block `block` has a part of tile number `at`, of which this one has the first chunk: those in front of it, in turn.
+__device__ __forceinline__ bool has_part(const Work& work, int at, int block) {
+  return block >= 0 && work.part(block) < (at - work.whole() + 1) * work.chunks;
+}
+
+// All other parts follow x's boxes in their ring, in the order of k: they arrive while the tensor cores are at work. It is
+// the last that a block does, so cursors are copies: what the loop over chunks counts stays uniform for the compiler.
+__device__ __forceinline__ void copy_parts(const Work& work, int at, u32* workspace, u32 shared, u32 barriers,
+                                           Cursor<X_BOXES> cursor) {
+  for (int block = (int)blockIdx.x - 1; has_part(work, at, block); --block) {
+    u32 left = 0;
+    while (!left) asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(left) : "l"(workspace + block) : "memory");
+    asm volatile("fence.proxy.async;" ::: "memory");  // written by stores, read by the copy engine
+    for (int i = 0; i < 2 * GROUPS; ++i, cursor.advance(1)) {
+      const u32 full = barriers + 8 * (FULL_X + cursor.slot);
+      wait_phase(barriers + 8 * (EMPTY_X + cursor.slot), cursor.phase ^ 1);
+      expect_bytes(full, BOX_BYTES);
+      copy_bulk(shared + RINGS + cursor.slot * BOX_BYTES, part_of(workspace, block) + i * BOX_BYTES, BOX_BYTES, full);
+    }
+  }
+}
+
+__device__ __forceinline__ void add_parts(float (&acc)[TOKENS / 2], const Work& work, int at, const u8* memory,
+                                          u32 barriers, int thread, Cursor<X_BOXES> box) {
+  int parts = 0;
+  while (has_part(work, at, (int)blockIdx.x - 1 - parts)) ++parts;
+  for (int i = 0; i < parts * GROUPS; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half, box.advance(1)) {
+      wait_phase(barriers + 8 * (FULL_X + box.slot), box.phase);
+      if (i % GROUPS == thread >> 7) {
+        const float4* part = (const float4*)(memory + RINGS + box.slot * BOX_BYTES) + (thread & 127);
+        float* to = acc + half * (TOKENS / 4);
+#pragma unroll
+        for (int j = 0; j < TOKENS / 16; ++j, to += 4) {
+          const float4 v = part[j * 128];
+          to[0] += v.x, to[1] += v.y, to[2] += v.z, to[3] += v.w;
+        }
+      }
+      __syncwarp();
+      if ((thread & 31) == 0) arrive(barriers + 8 * (EMPTY_X + box.slot));
+    }
+  }
+}
+
+// The launch in front of the kernel. What used the workspace before is over when it writes.
+extern "C" __global__ void clear_flags(u32* flags, u64 count) {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  for (int i = threadIdx.x; i < count; i += blockDim.x) flags[i] = 0;
+}
+#endif
+
 // ---- copying, and storing ---------------------------------------------------------------------------------------------
 
 // Codes and scales go by the threads' own asynchronous copies: a bulk copy of a kilobyte costs its issuer 70 cycles.
 __device__ __forceinline__ void copy_codes(const Work& work, const u8* weight, const u16* scales, int chunks, int groups,
-                                           u32 magic, u32 shared, u32 barriers, int warp, int lane, int begin,
-                                           int stride) {
+                                           u32 magic, u32 shared, u32 barriers, int warp, int lane) {
   constexpr int PARTS = (TILES + COPY_WARPS - 1) / COPY_WARPS;
   constexpr int REST = 4 * LANE_WORDS - 16, PIECES = TILES * SCALE_SETS * 2, COPY_LANES = 32 * COPY_WARPS;
   Cursor<CODE_STAGES> cursor{0};
-  for (int at = begin; at < work.total(); at += stride) {
+  for (Turn turn = work.first_turn(); turn.at < work.total(); work.next(turn)) {
     Tile tile;
-    work.locate(at, tile);
-    const u8* from = weight + ((u64)tile.unit * work.span * chunks + work.first) * CHUNK_BYTES;
+    work.locate(turn.at, tile);
+    const u8* from = weight + ((u64)tile.unit * work.span * chunks + turn.first) * CHUNK_BYTES;
     const u16* scales_from = scales + (u64)tile.unit * work.span * groups * TILE_ROWS;
     if (GROUPED) from += (u64)tile.expert * work.tiles * chunks * CHUNK_BYTES;
     if (GROUPED) scales_from += (u64)tile.expert * work.tiles * groups * TILE_ROWS;
@@ -81,7 +158,7 @@ __device__ __forceinline__ void copy_codes(const Work& work, const u8* weight, c
     u32 offset[PARTS];
 #pragma unroll
     for (int i = 0; i < PARTS; ++i) offset[i] = (i * COPY_WARPS + warp) * chunks * CHUNK_BYTES + lane * 16;
-    for (int chunk = work.first; chunk < work.first + work.count; ++chunk, cursor.advance(1), from += CHUNK_BYTES) {
+    for (int chunk = turn.first; chunk < turn.first + turn.count; ++chunk, cursor.advance(1), from += CHUNK_BYTES) {
       wait_phase(barriers + 8 * (EMPTY_CODES + cursor.slot), cursor.phase ^ 1);
       const u32 slot = shared + CODES + cursor.slot * CODE_BYTES;
 #pragma unroll
@@ -104,18 +181,21 @@ __device__ __forceinline__ void copy_codes(const Work& work, const u8* weight, c
   }
 }
 
-__device__ __forceinline__ void copy_x(const Work& work, const TensorMap& map, u32 shared, u32 barriers, int begin,
-                                       int stride) {
+__device__ __forceinline__ void copy_x(const Work& work, const TensorMap& map, u32* workspace, u32 shared,
+                                       u32 barriers) {
   Cursor<X_BOXES> cursor{0};
-  for (int at = begin; at < work.total(); at += stride) {
+  for (Turn turn = work.first_turn(); turn.at < work.total(); work.next(turn)) {
     Tile tile;
-    work.locate(at, tile);
-    for (int box = 2 * work.first; box < 2 * (work.first + work.count); ++box, cursor.advance(1)) {
+    work.locate(turn.at, tile);
+    for (int box = 2 * turn.first; box < 2 * (turn.first + turn.count); ++box, cursor.advance(1)) {
       const u32 full = barriers + 8 * (FULL_X + cursor.slot);
       wait_phase(barriers + 8 * (EMPTY_X + cursor.slot), cursor.phase ^ 1);
       expect_bytes(full, BOX_BYTES);
       copy_box(shared + RINGS + cursor.slot * BOX_BYTES, map, box * BOX_K, tile.token, full);
     }
+#if CUT
+    if (turn.first == 0 && turn.count < work.chunks) copy_parts(work, turn.at, workspace, shared, barriers, cursor);
+#endif
   }
 }
 
@@ -126,8 +206,6 @@ __device__ __forceinline__ void release_registers() {
 __device__ __forceinline__ void take_registers() {
   if (GIVE) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MATH_REGISTERS));
 }
-
-__device__ __forceinline__ void meet_math() { asm volatile("bar.sync 1, %0;" ::"n"(MATH_THREADS) : "memory"); }
 
 __device__ __forceinline__ void meet_cluster() {
   asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
@@ -163,11 +241,12 @@ __device__ __forceinline__ void add_partial_sums(const Work& work, u16* y, const
   }
 }
 
+
 // ---- the kernel --------------------------------------------------------------------------------------------------------
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     lut_matmul(const __grid_constant__ TensorMap x, const u8* weight, const u16* scales, const u16* table, u64 vectors,
-               const u16* bias, u16* y, u64 m, u64 n, u64 k, u64 groups, u64 magic, u64 split,
+               const u16* bias, u16* y, u32* workspace, u64 m, u64 n, u64 k, u64 groups, u64 magic, u64 split,
                u64 share, u64 span, const int* offsets, u64 experts) {
   extern __shared__ __align__(1024) u8 memory[];
   const u32 shared = shared_address(memory), barriers = shared + BARRIERS_AT;
@@ -178,8 +257,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   const int chunks = ((int)k + CHUNK_K - 1) / CHUNK_K, tiles = ((int)n + TILE_ROWS - 1) / TILE_ROWS;
   const int first = (int)(rank * chunks * share >> 32), count = (int)((rank + 1) * chunks * share >> 32) - first;
   int* ends = (int*)(memory + EXPERTS_AT);
-  const Work work{(int)m, (int)n, tiles, (int)span, (tiles + (int)span - 1) / (int)span, ((int)m + TOKENS - 1) / TOKENS,
-                  first,  count,  (int)experts, ends};
+  const int filled = CUT ? TILES : (int)span;  // a constant where it can be: one division less
+  const Work work{(int)m, (int)n, tiles, filled, (tiles + filled - 1) / filled, ((int)m + TOKENS - 1) / TOKENS, chunks,
+                  first,  count,  begin, stride, (int)experts, ends};
 
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   for (int i = warp; i < BARRIERS; i += THREADS / 32) {  // lane by lane a warp would need a microsecond
@@ -197,11 +277,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   if (warp >= 4 * GROUPS) {
     release_registers();
     if (warp > 4 * GROUPS) {
-      copy_codes(work, weight, scales, chunks, (int)groups, (u32)magic, shared, barriers, warp - 4 * GROUPS - 1, lane,
-                 begin, stride);
+      copy_codes(work, weight, scales, chunks, (int)groups, (u32)magic, shared, barriers, warp - 4 * GROUPS - 1, lane);
     } else if (lane == 0) {
       asm volatile("griddepcontrol.wait;" ::: "memory");  // weights never depend on the kernel before this one, x does
-      copy_x(work, x, shared, barriers, begin, stride);
+      copy_x(work, x, workspace, shared, barriers);
     }
     __syncwarp();
     if (split > 1) meet_cluster(), meet_cluster();
@@ -213,13 +292,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const int way = WAYS == 1 ? 0 : warp / (4 * ROWS), tile = warp % (4 * ROWS);  // a group's four warps take neighbouring tiles
     Cursor<CODE_STAGES> codes{way};
     Cursor<X_BOXES> box{2 * way};
-    for (int at = begin; at < work.total(); at += stride) {
+    for (Turn turn = work.first_turn(); turn.at < work.total(); work.next(turn)) {
       float acc[TOKENS / 2];
 #pragma unroll
       for (int i = 0; i < TOKENS / 2; ++i) acc[i] = 0.0f;
       u32 a[2][2][4], pairs[2][4];  // fragments of two steps, twice; what the table gave for the two steps after them
       u32 last = 0;  // barrier of the box that is released when its last step is surely over
-      for (int chunk = way; chunk < count; chunk += WAYS, codes.advance(WAYS), box.advance(2 * WAYS)) {
+      for (int chunk = way; chunk < turn.count; chunk += WAYS, codes.advance(WAYS), box.advance(2 * WAYS)) {
         const u8* slot = memory + CODES + codes.slot * CODE_BYTES;
         wait_phase(barriers + 8 * (FULL_CODES + codes.slot), codes.phase);
         u32 words[LOOKUP_WORDS], both[SCALE_SETS];
@@ -268,8 +347,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         codes.rewind(over), box.rewind(2 * over);
       }
 
+#if CUT
+      if (turn.count < chunks) {
+        if (turn.first > 0) {
+          leave_part(acc, workspace, thread);
+          continue;
+        }
+        add_parts(acc, work, turn.at, memory, barriers, thread, box);
+      }
+#endif
+
       Tile done;
-      work.locate(at, done);
+      work.locate(turn.at, done);
       const u16* addend = GROUPED && bias ? bias + (u64)done.expert * work.n : bias;
       const int row = (done.unit * work.span + tile) * TILE_ROWS + 2 * (lane >> 2);
       const int token = done.token + 2 * (lane & 3);
@@ -297,7 +386,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         for (int i = 0; i < TOKENS / 8; ++i) {
           sums[i * 128] = make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]);
         }
-        if (GROUPED) meet_math(), add_partial_sums(work, y, bias, shared, 0, 1, at, thread);
+        if (GROUPED) meet_math(), add_partial_sums(work, y, bias, shared, 0, 1, turn.at, thread);
       }
     }
     if (!GROUPED && (WAYS > 1 || split > 1)) {

@@ -4,17 +4,50 @@
 // rows of x are sorted by expert, and only the device knows how many each has. Every block then counts the tiles of all
 // experts for itself (a scan of a warp, some hundred cycles), so one launch does with nothing from the host; tile numbers
 // run through the experts one by one, and an expert is found by bisection.
+//
+// CUT, the last tiles are shared evenly: what is more than whole waves of tiles, and one wave, is one row of chunks that
+// all blocks take equal parts of. A part may begin and end inside a tile. Whoever has a tile's first chunk adds up what the
+// others leave in a workspace, in the order of k. Parts go to blocks backwards, so that a block waits for blocks with
+// smaller numbers only. GPUs start blocks in the order of their numbers, so it never waits for one that has no SM.
 
 // The unit-th rows of an expert's W times TOKENS tokens from `token` on; `end` is the first that is not the expert's.
 struct Tile {
   int unit, token, end, expert;
 };
 
+// A block's next product: `count` chunks of tile number `at`, from chunk `first` on.
+struct Turn {
+  int at, first, count;
+};
+
 struct Work {
-  int m, n, tiles, span, units, token_tiles, first, count;  // tiles: row tiles of W; units: `span` of them
+  int m, n, tiles, span, units, token_tiles, chunks;  // tiles: row tiles of W; units: `span` of them
+  int first, count, begin, stride;                    // the chunks and the tiles of this block
   int experts;
   const int* ends;  // in shared memory: expert's first row of x that is not its own; behind them, tiles up to its last
   __device__ __forceinline__ int total() const { return GROUPED ? ends[2 * experts - 1] : units * token_tiles; }
+#if CUT
+  // Tiles in front of those that are shared, and where block `block`'s part of those begins, in chunks.
+  __device__ __forceinline__ int whole() const { return max(0, total() / (int)gridDim.x - 1) * (int)gridDim.x; }
+  __device__ __forceinline__ int part(int block) const {
+    return (total() - whole()) * chunks * ((int)gridDim.x - 1 - block) / (int)gridDim.x;
+  }
+  __device__ __forceinline__ Turn shared_turn(int chunk) const {
+    const int tile = chunk / chunks, from = chunk - tile * chunks, left = part((int)blockIdx.x - 1) - chunk;
+    return {left > 0 ? whole() + tile : total(), from, min(chunks - from, left)};
+  }
+  __device__ __forceinline__ Turn first_turn() const {
+    return whole() > 0 ? Turn{(int)blockIdx.x, 0, chunks} : shared_turn(part(blockIdx.x));
+  }
+  __device__ __forceinline__ void next(Turn& turn) const {
+    const int behind = turn.at - whole();
+    if (behind + (int)gridDim.x < 0) turn.at += gridDim.x;
+    else turn = shared_turn(behind < 0 ? part(blockIdx.x) : behind * chunks + turn.first + turn.count);
+  }
+#else
+  __device__ __forceinline__ Turn first_turn() const { return {begin, first, count}; }
+  __device__ __forceinline__ void next(Turn& turn) const { turn.at += stride; }
+#endif
   // Tile number `at`: bands of tokens, and within a band the tokens fastest.
   __device__ __forceinline__ void locate(int at, Tile& tile) const {
     if (GROUPED) {
