@@ -23,7 +23,9 @@ from .boxes import tensor_map
 
 _MINIMUM_CAPABILITY = (8, 0)
 _FILES: dict[type, str] = {plan.Plan: "decode.cu", tiles.Tiling: "matmul.cu", mma.Tiling: "mma.cu"}
-_LARGE = ("lut_decode", "lut_matmul", "lut_mma", "hadamard")
+_LARGE = (
+    "lut_decode", "lut_matmul", "lut_mma", "hadamard", "int_decode", "int_matmul", "kronecker", "kv_attention",
+)  # fmt: skip
 _thread = threading.local()
 
 
@@ -83,7 +85,7 @@ def gpu(device: int) -> plan.Gpu:
 
 def _target(device: int, file: str) -> str:
     """What to compile ``file`` for: wgmma is there only in "sm_90a", the architecture with what is Hopper's alone."""
-    return _arch(device) + ("a" if file == "matmul.cu" else "")
+    return _arch(device) + ("a" if file in ("matmul.cu", "integer_matmul.cu") else "")
 
 
 @cache

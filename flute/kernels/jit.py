@@ -1,7 +1,8 @@
 """Source text -> cubin -> loaded kernel, at run time, with NVRTC.
 
 A kernel is named by its file and its macros. Its text is: the macros, ``types.cuh``, what the macros ask for (BITS:
-the layout's device header and ``common.cuh``; TOKENS: `wgmma`; FACTOR: `walsh`) and the file. NVRTC (through NVIDIA's
+``pipeline.cuh``, the layout's device header and ``common.cuh``; CODE_BITS: ``pipeline.cuh`` and ``integers.cuh``;
+RANGES: ``pipeline.cuh`` and ``ranges.cuh``; TOKENS, COLUMNS: `wgmma`; FACTOR: `walsh`) and the file. NVRTC (NVIDIA's
 cuda-core) compiles it for the exact GPU, never to PTX, so an older driver still takes it. Cubins are kept on disk under
 a name that hashes everything they depend on: text, options, architecture, NVRTC version. Each file starts with the
 SHA-256 of the rest and is published by rename, so a torn, damaged or foreign file is simply a miss; when several
@@ -69,8 +70,16 @@ def source(file: str, macros: dict[str, int]) -> str:
     folder = resources.files(__package__) / "cuda"
     head = [f"#define {name} {value}" for name, value in macros.items()]
     head.append((folder / "types.cuh").read_text())
+    if {"BITS", "CODE_BITS", "RANGES"} & set(macros):
+        head.append((folder / "pipeline.cuh").read_text())
     if "BITS" in macros:
         head += [layout.device_header(macros["BITS"]), (folder / "common.cuh").read_text()]
+    if "CODE_BITS" in macros:
+        head.append((folder / "integers.cuh").read_text())
+    if "RANGES" in macros:
+        head.append((folder / "ranges.cuh").read_text())
+    if file == "integer_matmul.cu":
+        head.append(wgmma.integer_header(macros["COLUMNS"]))
     if "TOKENS" in macros:
         wide = wgmma.device_header(macros["TOKENS"], bool(macros["BF16"]))
         head += [wide, (folder / "work.cuh").read_text()]

@@ -1,0 +1,124 @@
+"""Time of FlatQuant's kernels at the shapes of Llama-3-8B beside torch's float16, in one run, as CSV.
+
+    python benchmarks/flatquant_speed.py --output benchmarks/results/flatquant_speed_h100.csv
+
+* ``transform``: [RMSNorm,] Kronecker transform, range, codes of M tokens, one launch; torch has no such operator.
+* ``linear``: int4 weights times int8 codes to float16, beside ``torch.nn.functional.linear`` in float16.
+* ``attention``: one token's keys and values appended and its queries answered, 2048 tokens of context, 32 query and 8
+  key heads of 128, M sequences; beside SDPA over float16 keys and values (``enable_gqa``, no mask), without an append.
+
+Weights and caches rotate through copies beyond three times the L2 cache (as many as 16 GB hold), activations are few
+enough to lie in it, as in a model. CUDA graphs replayed in turns; medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from flute.bench.machine import describe
+from flute.bench.results import write_rows
+from flute.bench.timing import compare, copies_beyond_l2
+from flute.kernels import pieces
+from flute.kernels.attention import Store, kv_append, kv_attention
+from flute.kernels.integer import int_linear
+from flute.kernels.tokens import kronecker_quantize
+
+TOKENS = (1, 16, 64, 2048)
+# what, n1, n2, left, right, norm: input of q, k, v and of gate, up; of o; of down
+TRANSFORMS = (("hidden", 64, 64, True, True), ("heads", 32, 128, False, False), ("down", 112, 128, True, False))
+LINEARS = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
+HEADS, GROUP, DIM, CONTEXT = 8, 4, 128, 2048
+_MOST_BYTES = 16 << 30
+
+
+@dataclass
+class Row:
+    """One line of the file; ``torch_us`` and ``speedup`` are empty where torch has nothing to compare with."""
+
+    kernel: str
+    shape: str
+    m: int
+    flute_us: float
+    torch_us: float | None
+    speedup: float | None
+
+
+def transforms() -> Iterator[Row]:
+    """Every site's transform."""
+    for name, n1, n2, right, norm in TRANSFORMS:
+        left = torch.randn(n1, n1, device="cuda").half() / n1**0.5
+        other = torch.randn(n2, n2, device="cuda").half() / n2**0.5 if right else None
+        weight = torch.rand(n1 * n2, device="cuda").half() if norm else None
+        for m in TOKENS:
+            inputs = [torch.randn(m, n1 * n2, device="cuda").half() for _ in range(8)] * 8
+            (us,) = compare([lambda x=x: kronecker_quantize(x, left, other, norm_weight=weight) for x in inputs])  # noqa: B023
+            yield Row("transform", f"{name} {n1}x{n2}{' norm' if norm else ''}", m, us, None, None)
+
+
+def linears() -> Iterator[Row]:
+    """Every linear, q, k, v and gate, up as one."""
+    for n, k in LINEARS:
+        scale = torch.rand(n, device="cuda")
+        shape = pieces.shape(n, k, 4)
+        packed = [
+            torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda") for _ in range(copies_beyond_l2(n * k // 2))
+        ]
+        dense = [torch.randn(n, k, device="cuda").half() for _ in range(copies_beyond_l2(2 * n * k))]
+        for m in TOKENS:
+            x, each = torch.randint(-8, 8, (m, k), dtype=torch.int8, device="cuda"), torch.rand(m, device="cuda")
+            wide = torch.randn(m, k, device="cuda").half()
+            ours: list[Callable[[], object]] = [lambda w=w: int_linear(x, each, w, scale) for w in packed]  # noqa: B023
+            theirs: list[Callable[[], object]] = [lambda w=w: F.linear(wide, w) for w in dense]  # noqa: B023
+            us, torch_us = compare(ours, theirs, replays=10)
+            yield Row("linear", f"{n}x{k}", m, us, torch_us, torch_us / us)
+
+
+def attentions() -> Iterator[Row]:
+    """A decoding step's attention."""
+    for batch in (1, 16, 64):
+        dense_bytes = 4 * batch * HEADS * CONTEXT * DIM
+        few = max(1, min(copies_beyond_l2(dense_bytes // 4), _MOST_BYTES // dense_bytes))
+        ours: list[Callable[[], object]] = []
+        theirs: list[Callable[[], object]] = []
+        lengths = torch.full((batch,), CONTEXT, dtype=torch.int32, device="cuda")
+        query = torch.randn(batch, HEADS * GROUP, 1, DIM, device="cuda").half()
+        key, value = torch.randn(2, batch, HEADS, 1, DIM, device="cuda").half()
+        for _ in range(few):
+            keys, values = (Store.empty(batch, HEADS, CONTEXT, DIM, False, "cuda") for _ in range(2))
+            dense = torch.randn(2, batch, HEADS, CONTEXT, DIM, device="cuda").half()
+            kv_append(dense[0], dense[1], keys, values, lengths)
+
+            def step(keys: Store = keys, values: Store = values) -> torch.Tensor:
+                kv_append(key, value, keys, values, lengths)  # noqa: B023
+                return kv_attention(query, keys, values, lengths, DIM**-0.5)  # noqa: B023
+
+            ours.append(step)
+            theirs.append(lambda kv=dense: F.scaled_dot_product_attention(query, kv[0], kv[1], enable_gqa=True))  # noqa: B023
+        us, torch_us = compare(ours, theirs)
+        yield Row("attention", f"context {CONTEXT}", batch, us, torch_us, torch_us / us)
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", required=True)
+    output = Path(parser.parse_args().output)
+    print(describe())
+    rows: list[Row] = []
+    for measure in (transforms, linears, attentions):
+        for row in measure():
+            rows.append(row)
+            beside = f"torch {row.torch_us:8.1f} us, {row.speedup:.2f} times" if row.torch_us and row.speedup else ""
+            print(f"{row.kernel} {row.shape} M={row.m}: {row.flute_us:8.2f} us  {beside}", flush=True)
+    write_rows(output, f"{describe()}; python benchmarks/flatquant_speed.py --output {output.name}", rows)
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main()

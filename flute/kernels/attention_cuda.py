@@ -1,0 +1,139 @@
+"""Launches of ``cuda/kv_append.cu`` and ``cuda/kv_attention.cu``, and which caches they take."""
+
+from __future__ import annotations
+
+from ctypes import c_float
+from functools import cache, lru_cache
+from math import ceil, e, log2
+from typing import Any
+
+import torch
+
+from . import cuda
+
+_WARPS = 4
+_ROWS = 16  # of queries a block
+_BLOCK = 16  # positions a warp takes at once; a page must hold whole blocks
+_FEWEST_POSITIONS = 64  # of a part: a block for each warp
+_BLOCKS_PER_SM = 2
+_MOST_DIM = 256
+
+
+def takes(dtype: torch.dtype, key_dim: int, value_dim: int, slots: int, paged: bool) -> bool:
+    """Whether the kernels take this cache; others are for plain torch."""
+    dims = key_dim % 8 == 0 and value_dim % 8 == 0 and max(key_dim, value_dim) <= _MOST_DIM
+    return dtype in (torch.float16, torch.bfloat16) and dims and not (paged and slots % _BLOCK)
+
+
+Macros = tuple[tuple[str, int], ...]
+
+
+def macros(bf16: bool, key_dim: int, value_dim: int, key_symmetric: bool, value_symmetric: bool) -> Macros:
+    """What both files are compiled with."""
+    symmetric = (("KEY_SYMMETRIC", int(key_symmetric)), ("VALUE_SYMMETRIC", int(value_symmetric)))
+    return (("RANGES", 1), ("BF16", int(bf16)), ("KEY_DIM", key_dim), ("VALUE_DIM", value_dim), *symmetric)
+
+
+@lru_cache(maxsize=256)
+def _kernel(device: int, file: str, name: str, *what: Any) -> Any:
+    return cuda._kernel(device, file, macros(*what), name)
+
+
+@cache
+def _sms(device: int) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _rows_aligned(x: torch.Tensor) -> torch.Tensor:
+    """x with neighbours in the last dimension, every row at an even place; copied if it must be."""
+    good = x.stride(-1) == 1 and not any(stride % 2 for stride in x.stride()[:-1]) and not x.data_ptr() & 3
+    return x if good else x.contiguous()
+
+
+def append(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_codes: torch.Tensor,
+    key_scale: torch.Tensor,
+    key_zero: torch.Tensor | None,
+    key_clip: torch.Tensor | None,
+    value_codes: torch.Tensor,
+    value_scale: torch.Tensor,
+    value_zero: torch.Tensor | None,
+    value_clip: torch.Tensor | None,
+    lengths: torch.Tensor,
+    table: torch.Tensor | None,
+) -> None:
+    """As `attention.kv_append`; the stores must be contiguous."""
+    (batch, heads, tokens, _), device = key.shape, key.get_device()
+    if key.numel() == 0:
+        return
+    dims = (key.shape[-1], value.shape[-1])
+    what = (key.dtype == torch.bfloat16, *dims, key_zero is None, value_zero is None)
+    kernel = _kernel(device, "kv_append.cu", "kv_append", *what)
+    blocks = ceil(2 * batch * heads * tokens / _WARPS)
+    config = cuda._config((blocks, 1), 32 * _WARPS, 0, 1, cuda.gpu(device).has_clusters)
+    key, value = _rows_aligned(key), _rows_aligned(value)
+    clips = [None if clip is None else clip.float().contiguous() for clip in (key_clip, value_clip)]
+    stores = (
+        key_codes.data_ptr(), key_scale.data_ptr(), cuda._pointer(key_zero), cuda._pointer(clips[0]),
+        value_codes.data_ptr(), value_scale.data_ptr(), cuda._pointer(value_zero), cuda._pointer(clips[1]),
+    )  # fmt: skip
+    pages = 1 if table is None else table.shape[1]
+    sizes = (batch, heads, tokens, key_codes.shape[2], pages)
+    rows = (key.data_ptr(), *key.stride()[:3], value.data_ptr(), *value.stride()[:3])
+    cuda._launch(device, config, kernel, *rows, *stores, lengths.data_ptr(), cuda._pointer(table), *sizes)
+
+
+def parts(sequences: int, row_blocks: int, capacity: int, sms: int) -> int:
+    """In how many parts the cache is cut: enough blocks for all SMs, none that has nothing to do."""
+    wanted = ceil(_BLOCKS_PER_SM * sms / (sequences * row_blocks))
+    return max(1, min(wanted, capacity // _FEWEST_POSITIONS))
+
+
+def attention(
+    query: torch.Tensor,
+    key_codes: torch.Tensor,
+    key_scale: torch.Tensor,
+    key_zero: torch.Tensor | None,
+    value_codes: torch.Tensor,
+    value_scale: torch.Tensor,
+    value_zero: torch.Tensor | None,
+    lengths: torch.Tensor,
+    starts: torch.Tensor | None,
+    table: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor:
+    """As `attention.kv_attention`; the stores must be contiguous."""
+    (batch, many, tokens, dim), device = query.shape, query.get_device()
+    heads, slots, value_dim = key_codes.shape[1], key_codes.shape[2], 2 * value_codes.shape[-1]
+    out = torch.empty(batch, many, tokens, value_dim, dtype=query.dtype, device=query.device)
+    if out.numel() == 0:
+        return out
+    group, pages = many // heads, 1 if table is None else table.shape[1]
+    row_blocks = ceil(group * tokens / _ROWS)
+    splits = parts(batch * heads, row_blocks, slots * pages, _sms(device))
+    what = (query.dtype == torch.bfloat16, dim, value_dim, key_zero is None, value_zero is None)
+    overlap = cuda.gpu(device).has_clusters
+    shared = _WARPS * _ROWS * (value_dim + 2) * 4
+    query, partial = cuda._aligned(query), None
+    if splits > 1:
+        shape = (batch * many * tokens, splits, value_dim + 2)
+        partial = torch.empty(shape, dtype=torch.float32, device=query.device)
+    stores = (key_codes, key_scale, key_zero, value_codes, value_scale, value_zero, lengths, starts, table)
+    pointers = (query.data_ptr(), *map(cuda._pointer, stores), out.data_ptr(), cuda._pointer(partial))
+    sizes = (heads, group, tokens, slots, pages, c_float(scaling * log2(e)))
+    kernel = _kernel(device, "kv_attention.cu", "kv_attention", *what)
+    config = _grid(splits, batch * heads, row_blocks, 32 * _WARPS, shared, overlap)
+    cuda._launch(device, config, kernel, *pointers, *sizes)
+    if partial is not None:
+        merge = _kernel(device, "kv_attention.cu", "kv_merge", *what)
+        config = cuda._config((batch * many * tokens, 1), 128, 4 * splits, 1, overlap)
+        cuda._launch(device, config, merge, partial.data_ptr(), out.data_ptr(), splits)
+    return out
+
+
+@cache
+def _grid(x: int, y: int, z: int, threads: int, shared: int, overlap: bool) -> Any:
+    extra = {"programmatic_stream_serialization": True} if overlap else {}
+    return cuda._core().LaunchConfig(grid=(x, y, z), block=threads, shmem_size=shared, **extra)
