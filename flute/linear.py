@@ -155,8 +155,8 @@ class LutLinear(nn.Linear):
         return placed_like(weight, codes), placed_like(scales, layout.unpack_scales(held, self.rows))
 
     def _columns(self, scales: torch.Tensor) -> int:
-        """K, or this rank's part of it: whole groups."""
-        return scales.shape[1] * self.spec.group(self.in_features)
+        """K, or this rank's part of it, which is whole groups; the last group of a whole row may be a partial one."""
+        return min(self.in_features, scales.shape[1] * self.spec.group(self.in_features))
 
     def arrange(self) -> LutLinear:
         """Put codes and scales into the order that suits their device; exact, and idempotent. Returns self.

@@ -47,6 +47,22 @@ def test_state_dict_round_trip(spec: QuantSpec) -> None:
     assert torch.equal(copy.deepcopy(lut)(x), lut(x))
 
 
+@pytest.mark.parametrize("spec", [QuantSpec(), QuantSpec(3, 128, "nf3"), QuantSpec(2, -1, "nf2")], ids=str)
+def test_kernel_order_and_back(spec: QuantSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU; K = 777 ends in the middle of a group."""
+    linear = LutLinear.from_linear(nn.Linear(777, 333), spec)
+    before = {name: tensor.clone() for name, tensor in linear.state_dict().items()}
+    monkeypatch.setattr(LutLinear, "_suits_kernels", lambda self: True)
+    assert linear.arrange().in_kernel_order
+    state = linear.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in before.items())
+    linear.load_state_dict(before)
+    assert linear.in_kernel_order
+    monkeypatch.undo()
+    assert not linear.arrange().in_kernel_order
+    assert torch.equal(linear.weight, before["weight"]) and torch.equal(linear.scales, before["scales"])
+
+
 def test_a_named_table_is_rounded_once_whatever_the_way() -> None:
     _, lut = made(QuantSpec())
     lut = lut.to(torch.bfloat16)
