@@ -1,4 +1,4 @@
-"""The command line: ``flute quantize | eval | generate | inspect | card | tune | doctor | bench | demo``.
+"""The command line: ``flute quantize | convert | eval | generate | inspect | card | tune | doctor | bench | demo``.
 
 Each command is a file in `flute.commands`. Nothing here or at the top of those files imports torch, so that ``--help``
 is quick. Figures and text go to stdout, everything else to stderr; a refusal is one line there and exit code 1.
@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from flute import __version__
-from flute.commands import bench, card, demo, doctor, evaluate, generate, inspect, quantize, tune
+from flute.commands import bench, card, convert, demo, doctor, evaluate, generate, inspect, quantize, tune
 from flute.errors import FluteError
 
 # click's base class of "you typed it wrong": typer brings click along under a private name, but shows this child of it
@@ -27,6 +27,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("quantize")(quantize.quantize)
+app.command("convert")(convert.convert)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("inspect")(inspect.inspect)

@@ -206,7 +206,7 @@ class ModelSpec:
         if upstream:
             raise SpecError(
                 f"quantization_config has {', '.join(upstream)}: a checkpoint of the original FLUTE, packed for one "
-                "GPU; convert it first (flute.integrations.legacy, to come) or quantize the dense model"
+                "GPU; run flute convert on it"
             )
         method = values.get("quant_method")
         if method != QUANT_METHOD:

@@ -13,7 +13,7 @@ from tiny_models import build, dense_linears, equal_states, load, prompt, saved
 from torch import nn
 
 from flute import FluteConfig, LutLinear, QuantSpec
-from flute.errors import IntegrationError, SpecError
+from flute.errors import CheckpointError, IntegrationError, SpecError
 from flute.integrations import huggingface
 from flute.integrations.base import main, prepare_model_flute
 
@@ -72,7 +72,7 @@ def test_hooks_move_to_the_new_layers() -> None:
     assert torch.equal(offloaded(prompt()).logits, expected)
 
 
-def test_layers_that_cannot_be_converted_yet_are_refused() -> None:
+def test_layers_that_cannot_be_converted_are_refused() -> None:
     model = build()
     foreign = type("Linear4bit", (nn.Linear,), {"__module__": "bitsandbytes.nn.modules"})(72, 120)
     model.model.layers[1].mlp.up_proj = foreign
@@ -118,8 +118,9 @@ def test_command_says_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert not (tmp_path / "new").exists()
 
 
-def test_checkpoints_of_upstream_are_named(tmp_path: Path) -> None:
+def test_checkpoints_of_upstream_that_are_none(tmp_path: Path) -> None:
+    """Those that are one are loaded in test_convert."""
     folder = saved(tmp_path)
     (tmp_path / "flute_config.json").write_text('{"num_sms": 108, "num_bits": 4, "group_size": 64}')
-    with pytest.raises(IntegrationError, match="original FLUTE"):
+    with pytest.raises(CheckpointError, match="no layer quantized by FLUTE 4 bit, tile 32"):
         huggingface.from_pretrained(folder)

@@ -142,8 +142,8 @@ def make_plan(source: Path, architecture: Architecture, record: ModelSpec) -> Pl
     stacked = any(len(shape) > 2 for shape in architecture.linears.values())
     resolved = record.resolved(architecture.specs, architecture.dense_linears, experts=stacked)
     untied = any(layer.source != layer.made.codes for layer in layers)
-    made = _made_config(config, resolved, dtype, untied=untied)
-    return Plan(source, headers, by_file, tensors, dtype, made, _small_files(source))
+    made = made_config(config, resolved, dtype, untied=untied)
+    return Plan(source, headers, by_file, tensors, dtype, made, small_files(source))
 
 
 def dense_config(source: Path) -> dict[str, Any]:
@@ -156,7 +156,9 @@ def dense_config(source: Path) -> dict[str, Any]:
     already = config.get("quantization_config")
     if already is not None:
         method = already.get("quant_method") if isinstance(already, dict) else already
-        raise CheckpointError(f"{source} is quantized already (quant_method={method!r}); give the dense model")
+        raise CheckpointError(
+            f"{source} is quantized already (quant_method={method!r}); give the dense model, or flute convert it"
+        )
     return config
 
 
@@ -212,7 +214,8 @@ def _model_dtype(config: Mapping[str, Any], found: list[str]) -> torch.dtype:
     return kinds.pop() if len(kinds) == 1 and kinds <= set(_SIXTEEN_BITS.values()) else torch.float16
 
 
-def _made_config(config: Mapping[str, Any], record: ModelSpec, dtype: torch.dtype, *, untied: bool) -> dict[str, Any]:
+def made_config(config: Mapping[str, Any], record: ModelSpec, dtype: torch.dtype, *, untied: bool) -> dict[str, Any]:
+    """The config.json of a model of ``config`` that is quantized by ``record`` and loaded in ``dtype``."""
     made = {key: value for key, value in config.items() if key not in _CODE_KEYS and key != "torch_dtype"}
     made["dtype"] = str(dtype).removeprefix("torch.")
     for part in (made, made.get("text_config")):
@@ -222,7 +225,7 @@ def _made_config(config: Mapping[str, Any], record: ModelSpec, dtype: torch.dtyp
     return made
 
 
-def _small_files(source: Path) -> tuple[str, ...]:
+def small_files(source: Path) -> tuple[str, ...]:
     """Tokenizer, generation settings, licence: plain files that mean something beside the weights."""
     names = []
     for path in sorted(source.iterdir()):

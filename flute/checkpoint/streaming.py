@@ -67,7 +67,7 @@ def run(
             check_space(work.root, plan.nbytes - there)
             for file in plan.files:
                 _make_shard(plan, work.folder / file, table, scale, device, progress)
-            _make_small_files(plan, work.folder)
+            write_small_files(plan, work.folder)
         except (QuantizeError, SpecError):
             work.discard()  # these weights will be no better next time
             raise
@@ -106,7 +106,8 @@ def _write_layer(
         target.write(layer.made.table, resolve_table(layer.spec, own).to(dtype))
 
 
-def _make_small_files(plan: Plan, folder: Path) -> None:
+def write_small_files(plan: Plan, folder: Path) -> None:
+    """Everything but the safetensors: tokenizer and the like, the index, config.json."""
     for name in plan.small_files:
         try:
             source = open(plan.source / name, "rb")  # noqa: SIM115  (closed by the next statement)

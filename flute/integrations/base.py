@@ -25,6 +25,7 @@ from ..linear import LutLinear
 from ..quantize import Quantized, dequantize, quantize
 from ..spec import QuantSpec
 from ..tables import named_table
+from .convert import bitsandbytes
 from .fusion import fuse
 from .hooks import attach_hook, release_hook
 from .modules import quantizable
@@ -57,8 +58,9 @@ def prepare_model_flute(
         example_batch_size: accepted and not needed; kernels are not tuned to one batch size.
         fake: keep nn.Linear, with the weights that the quantized ones stand for.
         handle_hooks: move accelerate's hooks (``device_map``) over to the new layers.
-        prepare_bnb_layers: refuse bitsandbytes layers, which cannot be converted yet; False leaves them as they are.
-        default_bnb_dtype: accepted for them.
+        prepare_bnb_layers: convert bitsandbytes' 4-bit layers, whose codes are kept; False leaves them as they are.
+        default_bnb_dtype: dtype of those that were quantized from float32; None: float16. Others keep theirs. Scales
+            are float32 in bitsandbytes and are rounded to it; ``flute convert`` writes them as they are.
         custom_scales_dict: full layer name -> scales (N, G) to use instead of absmax.
 
     Raises:
@@ -71,20 +73,18 @@ def prepare_model_flute(
     for child_name, child in list(module.named_modules()):
         full_name = f"{name}.{child_name}" if child_name else name
         if type(child).__module__.startswith("bitsandbytes"):
-            if prepare_bnb_layers:
-                raise IntegrationError(
-                    f"layer {full_name!r} is a bitsandbytes {type(child).__name__}, which cannot be converted yet; "
-                    "load the model without bitsandbytes, or pass prepare_bnb_layers=False to leave such layers alone"
-                )
-            continue
-        if type(child) not in (nn.Linear, LearnedLinear) or not child_name:
+            if not prepare_bnb_layers or not isinstance(child, nn.Linear):
+                continue
+        elif type(child) not in (nn.Linear, LearnedLinear) or not child_name:
             continue
         hook = release_hook(full_name, child) if handle_hooks else None
         if child.weight.is_meta:
             raise IntegrationError(
                 f"layer {full_name!r} is offloaded; pass handle_hooks=True, or load the model without it"
             )
-        if isinstance(child, LearnedLinear):
+        if type(child).__module__.startswith("bitsandbytes"):
+            made = _from_bitsandbytes(full_name, child, spec, default_bnb_dtype, fake)
+        elif isinstance(child, LearnedLinear):
             made = _learned(full_name, child, spec, fake)
         else:
             made = _quantized(full_name, child, spec, scales.pop(full_name, None), fake)
@@ -129,6 +129,20 @@ def _learned(name: str, layer: LearnedLinear, spec: QuantSpec, fake: bool) -> nn
     linear.in_features, linear.out_features, linear.bias = layer.in_features, layer.out_features, layer.bias
     linear.weight = nn.Parameter(made.dequantize(), requires_grad=False)
     return linear
+
+
+def _from_bitsandbytes(
+    name: str, layer: nn.Linear, spec: QuantSpec, dtype: torch.dtype | None, fake: bool
+) -> nn.Linear:
+    from .loading import dense_linear
+
+    made = bitsandbytes.converted(name, layer, dtype)
+    if (made.spec.bits, made.spec.group(made.in_features)) != (spec.bits, spec.group(made.in_features)):
+        raise IntegrationError(
+            f"layer {name!r} has {made.spec.bits} bits in groups of {made.spec.group(made.in_features)} at "
+            f"bitsandbytes; num_bits and group_size say {spec}"
+        )
+    return dense_linear(made) if fake else made
 
 
 def _with_scales(name: str, weight: torch.Tensor, spec: QuantSpec, scales: torch.Tensor) -> Quantized:

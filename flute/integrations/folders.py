@@ -49,8 +49,10 @@ def is_hub_id(model: str) -> bool:
     return bool(_HUB_ID.fullmatch(model)) and not Path(model).expanduser().exists()
 
 
-def find(model: str) -> Found:
+def find(model: str, **hub: Any) -> Found:
     """The folder of MODEL; a hub id is downloaded (safetensors, JSON and tokenizer only) or taken from the hub's cache.
+
+    ``hub``: options of the hub's client, such as ``revision`` and ``token``.
 
     Raises:
         CheckpointError: there is nothing of that name. IntegrationError: the hub refuses or cannot be reached.
@@ -73,14 +75,14 @@ def find(model: str) -> Found:
         raise CheckpointError(
             f"{model!r} does not exist; give a folder, a .gguf file, a hub id (name/model), or the word {EMBEDDED!r}"
         )
-    return Found(_download(model))
+    return Found(_download(model, hub))
 
 
-def _download(model: str) -> Path:
+def _download(model: str, hub: dict[str, Any]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, allow_patterns=_FROM_HUB, ignore_patterns=["*/*"]))
+        return Path(snapshot_download(model, allow_patterns=_FROM_HUB, ignore_patterns=["*/*"], **hub))
     except Exception as error:  # the hub's client, its HTTP client and its cache each have their own errors
         raise IntegrationError(f"{model!r} is no folder here, and the hub did not give it: {_line(error)}") from error
 

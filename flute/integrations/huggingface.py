@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -330,14 +332,18 @@ def register() -> None:
 
 
 def from_pretrained(repo_id: str, **kwargs: Any) -> Any:
-    """Upstream FLUTE's documented loader: ``AutoModelForCausalLM.from_pretrained`` on a flute checkpoint.
+    """Upstream FLUTE's documented loader: its own checkpoints (``flute_config.json``) and ours.
+
+    An upstream checkpoint is converted (`flute.integrations.convert`) into a temporary folder, which takes as much disk
+    as the checkpoint, at every load; ``flute convert`` does it once.
 
     Args:
         repo_id: a folder or a hub id.
-        kwargs: passed on; ``example_batch_size`` is accepted and not needed, kernels are not tuned per batch size.
+        kwargs: passed on to ``AutoModelForCausalLM.from_pretrained``, ``revision`` among them; ``example_batch_size``
+            is accepted and not needed, kernels are not tuned per batch size.
 
     Raises:
-        IntegrationError: a checkpoint in upstream's own layout, which belongs to one GPU.
+        CheckpointError: an upstream checkpoint that is damaged, or does not tell its tile.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils.hub import cached_file
@@ -347,12 +353,22 @@ def from_pretrained(repo_id: str, **kwargs: Any) -> Any:
         key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if key in kwargs
     }
     legacy = cached_file(repo_id, "flute_config.json", _raise_exceptions_for_missing_entries=False, **hub)
-    if legacy is not None and not hasattr(AutoConfig.from_pretrained(repo_id, **hub), "quantization_config"):
+    if legacy is None or hasattr(AutoConfig.from_pretrained(repo_id, **hub), "quantization_config"):
+        return AutoModelForCausalLM.from_pretrained(repo_id, **kwargs)
+    from . import folders
+    from .convert.folder import convert
+    from .convert.source import open_source
+
+    subfolder = hub.pop("subfolder", None)
+    if subfolder:
         raise IntegrationError(
-            f"{repo_id} is a checkpoint of the original FLUTE (flute_config.json, no quantization_config), packed for "
-            "one GPU; convert it first (flute.integrations.legacy, to come) or quantize the dense model"
+            f"{repo_id}/{subfolder} is an upstream checkpoint in a subfolder; flute convert it first"
         )
-    return AutoModelForCausalLM.from_pretrained(repo_id, **kwargs)
+    options = {key: value for key, value in kwargs.items() if key not in hub}
+    with TemporaryDirectory(prefix="flute-") as place:
+        with open_source(folders.find(repo_id, **hub), Path(place)) as source:
+            convert(source, Path(place) / "model")
+        return AutoModelForCausalLM.from_pretrained(Path(place) / "model", **options)
 
 
 register()

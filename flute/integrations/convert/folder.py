@@ -1,0 +1,234 @@
+"""A foreign checkpoint to one of ours: every layer is examined before a byte is written, then shard by shard.
+
+Each layer is read twice: once to know its spec, and that its weights are its owner's, and once to write it. That costs
+time and saves memory: one layer is held at a time, and a refusal names all layers at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ...checkpoint.architecture import Architecture, tensor_names
+from ...checkpoint.atomic import Workplace, check_space
+from ...checkpoint.files import CONFIG, read_json, refuse
+from ...checkpoint.plan import Plan, made_config, small_files
+from ...checkpoint.shards import info, read_header, write_shard
+from ...checkpoint.streaming import write_small_files
+from ...config import ModelSpec
+from ...errors import CheckpointError, FluteError
+from ...packing import pack_codes
+from ...spec import CUSTOM_TABLE, QuantSpec
+from .. import folders, modules
+from .exact import Exact, fit, represent
+from .source import OWNERS_FILES, Source
+
+Progress = Callable[[str, int], None]  # name of a layer, and how many weights were examined or written
+_NOT_OURS = "flute leaves layers of its kind dense"
+_SHOWN = 4  # names for each reason, in a refusal of one line
+
+
+@dataclass(frozen=True)
+class Converted:
+    """One layer: its name on disk and in the model, (N, K), and the dtype of its owner's weight.
+
+    ``spec``: None if it stays dense, and ``why`` says why. ``rounded``: weights that differ from the owner's once
+    scales and table are rounded to the model's dtype at load. ``scales``: their dtype on disk.
+    """
+
+    disk: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    spec: QuantSpec | None = None
+    why: str = ""
+    rounded: int = 0
+    scales: torch.dtype | None = None
+
+    @property
+    def weights(self) -> int:
+        """How many it has."""
+        return math.prod(self.shape)
+
+
+class Refused(CheckpointError):
+    """Layers cannot be represented exactly; ``layers`` are all that were examined, as they would be."""
+
+    def __init__(self, origin: Path, layers: tuple[Converted, ...], refused: list[Converted]) -> None:
+        self.layers = layers
+        names: dict[str, list[str]] = {}
+        for layer in refused:
+            names.setdefault(layer.why, []).append(layer.disk)
+        shown = "; ".join(
+            f"{why} ({', '.join(found[:_SHOWN])}{f' and {len(found) - _SHOWN} more' if len(found) > _SHOWN else ''})"
+            for why, found in names.items()
+        )
+        cost = sum(layer.weights * layer.dtype.itemsize for layer in refused) / 1e6
+        super().__init__(
+            f"{origin}: {len(refused)} of {len(layers)} layers cannot be represented exactly; --dense-fallback would "
+            f"keep them dense ({cost:.1f} MB): {shown}"
+        )
+
+
+class Conversion(NamedTuple):
+    """What was made: its layers, and the dtype that the model is loaded in by default."""
+
+    layers: tuple[Converted, ...]
+    dtype: torch.dtype
+
+
+def convert(
+    source: Source,
+    out: Path,
+    *,
+    dense_fallback: bool = False,
+    force: bool = False,
+    progress: Progress = lambda name, weights: None,
+    version: str = "",
+) -> Conversion:
+    """Write the checkpoint that ``source`` is in our format to the new folder ``out``.
+
+    Args:
+        source: from `open_source`. out: the folder to make; it appears when everything is on the disk.
+        dense_fallback: write layers that cannot be represented exactly as dense weights in their owner's dtype.
+        force: replace an existing checkpoint.
+        progress: called after every layer, twice for each.
+        version: of flute.
+
+    Raises:
+        Refused: layers cannot be represented exactly. CheckpointError: something is missing or damaged.
+    """
+    out = Path(out).expanduser().absolute()
+    model = folders.architecture(source.folder, ModelSpec(lm_head=True))
+    config = read_json(source.folder / CONFIG)
+    _check_names(source, model)
+    layers = tuple(_examine(source, model, config, progress))
+    refused = [layer for layer in layers if layer.spec is None and layer.why != _NOT_OURS]
+    if refused and not dense_fallback:
+        raise Refused(source.origin, layers, refused)
+    plan = _plan(source, model, config, layers)
+    job = plan.fingerprint(kind=source.kind, dense_fallback=dense_fallback, flute=version)
+    with Workplace(out, job, force=force) as work:
+        try:
+            check_space(work.root, plan.nbytes)
+            by_name = {layer.disk: layer for layer in layers}
+            for file in plan.files:
+                _write(source, plan, work.folder / file, by_name, progress)
+            write_small_files(plan, work.folder)
+            folders.validate(work.folder)
+        except FluteError:
+            work.discard()
+            raise
+        work.finish()
+    return Conversion(layers, plan.scale_dtype)
+
+
+def _check_names(source: Source, model: Architecture) -> None:
+    """Refuse what is missing or belongs to another model before any weight is read."""
+    there = {f"{layer}.weight" for layer in source.layers} | source.others
+    targets = {model.rename(name)[0] for name in there}
+    parts = {target for name in there for target, part in [model.rename(name)] if part}
+    problems = [f"{name} is missing" for name in model.tensors if not {name, model.tied.get(name)} & (targets | parts)]
+    problems += [
+        f"{name} is not part of this model"
+        for name in sorted(source.others)
+        if model.rename(name)[0] not in model.tensors and not model.ignored(name) and not _spare(source, name)
+    ]
+    if not source.layers:
+        problems.append(f"it has no layer quantized by {source.kind}")
+    if problems:
+        refuse(source.origin, problems)
+
+
+def _spare(source: Source, name: str) -> bool:
+    """A bias of zeros, which old quantizers gave to layers of models that have none."""
+    layer = name.removesuffix(".bias")
+    return layer in source.layers and layer != name and not bool(source.tensor(name).any())
+
+
+def _examine(source: Source, model: Architecture, config: dict[str, Any], progress: Progress) -> list[Converted]:
+    found = []
+    for disk in source.layers:
+        stored = source.read(disk)
+        target, part = model.rename(f"{disk}.weight")
+        name, shape, dtype = target.removesuffix(".weight"), tuple(stored.weight.shape), stored.weight.dtype
+        layer = Converted(disk, name, shape, dtype, why=_NOT_OURS)
+        if part:
+            layer = replace(layer, why="matrices of stacked experts are not converted")
+        elif model.tensors.get(target) != shape:
+            raise CheckpointError(
+                f"{source.origin}: layer {disk!r} has {shape} weights; the model of config.json needs "
+                f"{model.tensors.get(target)}"
+            )
+        elif name in model.linears:
+            made = represent(stored)
+            if isinstance(made, str):
+                layer = replace(layer, why=made)
+            else:
+                rounded = made.rounded(stored.weight, _load_dtype(config, dtype))
+                layer = replace(layer, why="", spec=made.spec, rounded=rounded, scales=made.scales.dtype)
+        found.append(layer)
+        progress(disk, layer.weights)
+    return found
+
+
+def _load_dtype(config: dict[str, Any], owners: torch.dtype) -> torch.dtype:
+    """The dtype in which our model is exact: the owner's; for float32, what config.json says, else float16."""
+    named = config.get("dtype") or config.get("torch_dtype")
+    return owners if owners != torch.float32 else {"bfloat16": torch.bfloat16}.get(str(named), torch.float16)
+
+
+def _plan(source: Source, model: Architecture, config: dict[str, Any], layers: tuple[Converted, ...]) -> Plan:
+    """Every output tensor with its file, and config.json."""
+    tensors = {name: source.headers[name] for name in source.others if model.rename(name)[0] in model.tensors}
+    for layer in layers:
+        file, names = source.layers[layer.disk], tensor_names(layer.disk, layer.shape)
+        if layer.spec is None or layer.scales is None:
+            tensors[names.codes] = info(layer.dtype, layer.shape, file)
+            continue
+        rows, width = layer.shape
+        tensors[names.codes] = info(torch.uint8, (rows, layer.spec.row_bytes(width)), file)
+        tensors[names.scales] = info(layer.scales, (rows, layer.spec.num_groups(width)), file)
+        if layer.spec.table == CUSTOM_TABLE:
+            tensors[names.table] = info(torch.float32, layer.spec.table_shape, file)
+    specs = {layer.name: layer.spec for layer in layers if layer.spec is not None}
+    if not specs:
+        raise CheckpointError(f"{source.origin}: no layer can be represented; load it with its owner's library")
+    default = Counter(specs.values()).most_common(1)[0][0]
+    head = modules.output_head(folders.skeleton(source.folder))
+    dense = [name for name in model.linears if name not in specs]
+    record = ModelSpec(default, lm_head=head in specs).resolved(specs, [*model.dense_linears, *dense])
+    dtype = Counter(_load_dtype(config, layer.dtype) for layer in layers).most_common(1)[0][0]
+    made = made_config(config, record, dtype, untied=head in specs)
+    small = tuple(name for name in small_files(source.folder) if name not in OWNERS_FILES)
+    return Plan(source.folder, source.headers, {}, tensors, dtype, made, small)
+
+
+def _write(source: Source, plan: Plan, path: Path, layers: dict[str, Converted], progress: Progress) -> None:
+    tensors = {name: entry for name, entry in plan.tensors.items() if entry.file == path.name}
+    mine = [layer for layer in layers.values() if source.layers[layer.disk] == path.name]
+    if path.exists() and read_header(path) == tensors:  # of a run that was killed
+        for layer in mine:
+            progress(layer.disk, layer.weights)
+        return
+    with write_shard(path, tensors) as target:
+        for name in sorted(tensors.keys() & source.others):
+            target.write(name, source.tensor(name))
+        for layer in mine:
+            stored = source.read(layer.disk)
+            names = tensor_names(layer.disk, layer.shape)
+            made = fit(stored) if layer.spec is not None else None
+            if isinstance(made, Exact):
+                target.write(names.codes, pack_codes(made.codes, made.spec.code_bits))
+                target.write(names.scales, made.scales)
+                if made.table is not None:
+                    target.write(names.table, made.table)
+            else:
+                target.write(names.codes, stored.weight)
+            progress(layer.disk, layer.weights)
