@@ -117,6 +117,19 @@ class _Product(torch.autograd.Function):
         return to_x, None, to_scales, to_table, None, None, None
 
 
+def check_unrotated(spec: QuantSpec, name: str) -> None:
+    """Refuse a rotated weight: codes would be chosen of another weight than the scales.
+
+    Raises:
+        SpecError: naming the layer.
+    """
+    if spec.hadamard_size:
+        raise SpecError(
+            f"layer {name!r}: hadamard_size={spec.hadamard_size}; scales are learned of weights that are not "
+            "rotated, use --hadamard-size 0 or another method"
+        )
+
+
 class LearnedLinear(nn.Linear):
     """y = x . W^^T + bias; see the top of this file.
 
@@ -128,6 +141,7 @@ class LearnedLinear(nn.Linear):
         dtype: in which scales and table will be stored (float16, bfloat16, float32).
         learn_table: learn a table of this layer's own, from ``table`` on; `stored_spec` then says ``"custom"``.
         fixed_codes: keep the codes that are nearest at the start.
+        start: codes and scales to begin with, from another method, whose codes are kept; None: rounding to nearest.
         name: for messages.
 
     Attributes:
@@ -151,16 +165,13 @@ class LearnedLinear(nn.Linear):
         dtype: torch.dtype = torch.float16,
         learn_table: bool = False,
         fixed_codes: bool = False,
+        start: Quantized | None = None,
         name: str = "linear",
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would allocate another weight
-        if spec.hadamard_size:
-            raise SpecError(
-                f"layer {name!r}: hadamard_size={spec.hadamard_size}; scales are learned of weights that are not "
-                "rotated, use --hadamard-size 0 or another method"
-            )
+        check_unrotated(spec, name)
         weight = linear.weight.detach()
-        made = quantize(weight, spec, table=table, scale=scale, scale_dtype=dtype, name=name)
+        made = start or quantize(weight, spec, table=table, scale=scale, scale_dtype=dtype, name=name)
         self.in_features, self.out_features, self.spec, self.dtype = (
             linear.in_features,
             linear.out_features,
@@ -174,7 +185,7 @@ class LearnedLinear(nn.Linear):
             self.table = nn.Parameter(values)
         else:
             self.register_buffer("table", values, persistent=False)
-        self.register_buffer("fixed", made.codes if fixed_codes else None, persistent=False)
+        self.register_buffer("fixed", made.codes if fixed_codes or start else None, persistent=False)
         self.train(linear.training)
 
     def learnable(self) -> list[nn.Parameter]:

@@ -125,7 +125,9 @@ def test_quantize_says_what_it_did(dense: Path, tmp_path: Path, capsys: pytest.C
     assert err == ""  # no bar where stderr is no terminal
 
 
-@pytest.mark.parametrize(("method", "table"), [("awq+gptq", "nf3"), ("best", "customx2"), ("nfl", "nf3")])
+@pytest.mark.parametrize(
+    ("method", "table"), [("awq+gptq", "nf3"), ("best", "customx2"), ("nfl", "nf3"), ("best+nfl", "customx2")]
+)
 def test_a_calibrated_method(
     method: str, table: str, dense: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,7 +140,7 @@ def test_a_calibrated_method(
     figures = json.loads(out)
     assert codes == [(0, "")] * 2 and bytes_written[0] == bytes_written[1]
     assert [layer["spec"] for layer in figures["method_layers"]] == [f"{table} 3bit g64"] * 14
-    if method == "nfl":
+    if method.endswith("nfl"):
         assert figures["learned"]["after"] <= figures["learned"]["before"] and figures["learned"]["steps"] > 0
     else:
         assert all(0 < layer["error"] < 1 for layer in figures["method_layers"])

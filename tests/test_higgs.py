@@ -315,6 +315,11 @@ def test_a_rotation_that_does_not_fit_the_files_is_refused(tmp_path: Path) -> No
     path.write_text(json.dumps(values))
     with pytest.raises(CheckpointError, match="hadamard_size='64' is not an integer"):
         folders.validate(tmp_path / "out")
+    values["quantization_config"] |= {"hadamard_size": 64, "overrides": {}}  # blocks of 64 in rows of 72
+    path.write_text(json.dumps(values))
+    for read in (folders.validate, load):
+        with pytest.raises(FluteError, match=r"q_proj': hadamard_size=64 is no block that divides in_features=72"):
+            read(tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,40 @@ def test_one_seed_one_result_also_when_interrupted(objective: str, tmp_path: Pat
         assert any(not torch.equal(one[0][key], other[key]) for key in other)
 
 
+@pytest.mark.parametrize(
+    ("method", "spec", "learn_table"),
+    [("gptq", NF3, True), ("awq+gptq", NF3, False), ("best", QuantSpec(2, 24, "custom", 2), True)],
+    ids=str,
+)
+def test_learning_goes_on_from_another_methods_codes(method: str, spec: QuantSpec, learn_table: bool) -> None:
+    """It begins at what that method gives, keeps its codes, and is nearer to the dense model in the end."""
+    dense, first, model = small(), small(), small()
+    quantize_model(first, spec, windows(), method=method)
+    report = quantize_model(
+        model, spec, windows(), method=f"{method}+nfl", learning=Learning(3, learn_table=learn_table)
+    )
+    truth, guess = (each(windows()).logits.log_softmax(-1).flatten(0, 1) for each in (dense, first))
+    begun = nn.functional.kl_div(guess, truth, log_target=True, reduction="batchmean")
+    made = report.learned
+    assert made is not None and made.before == pytest.approx(begun.item(), rel=1e-4) and made.after < 0.99 * made.before
+    assert len(report.layers) == 7 and all(layer.error is not None for layer in report.layers)
+    for layer in report.layers:
+        one, two = (each.get_submodule(layer.name) for each in (first, model))
+        assert torch.equal(one.weight, two.weight) and not torch.equal(one.scales, two.scales)
+        assert layer.spec == two.spec and (two.spec.table == "custom") is learn_table
+        assert learn_table is (not torch.equal(one.table, two.table))
+
+
+def test_a_rotation_is_refused_before_the_work() -> None:
+    seen: list[str] = []
+    with pytest.raises(SpecError, match="hadamard_size=8"):
+        quantize_model(
+            small(), QuantSpec(3, 24, "nf3", hadamard_size=8), windows(), method="gptq+nfl",
+            progress=lambda name, weights: seen.append(name),
+        )  # fmt: skip
+    assert not seen
+
+
 def test_a_loss_that_is_not_finite_ends_learning_and_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     true, calls = learn.nll, []
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,48 +30,49 @@ from .common import (
     quiet_libraries,
     read_text,
 )
+from .method_options import (
+    DATA_FREE,
+    BitsOption,
+    CalibrationOption,
+    HadamardOption,
+    MethodOption,
+    ObjectiveOption,
+    PerLayerOption,
+    ScaleOption,
+    TableOption,
+    check_method,
+    check_used,
+    split_average,
+)
 
 if TYPE_CHECKING:
     import torch
 
+    from ..checkpoint.architecture import Architecture
     from ..config import ModelSpec
+    from ..methods.allocation import Allocation
     from ..spec import QuantSpec
 
 
-DATA_FREE = ("rtn", "higgs")
-
-
 def quantize(
+    context: typer.Context,
     model: ModelArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make.", show_default=False)],
-    bits: Annotated[int | None, typer.Option(help="2, 3 or 4; left out: what the table says, else 4.")] = None,
+    bits: BitsOption = None,
+    per_layer: PerLayerOption = False,
     group_size: Annotated[int, typer.Option(help="Weights along K that share a scale; -1: the whole row.")] = 64,
-    table: Annotated[
-        str | None,
-        typer.Option(help="int4, fp4, nf4, ... gauss4, or a JSON file of numbers or pairs. Left out: nf<bits>."),
-    ] = None,
-    method: Annotated[
-        str, typer.Option(help="rtn, higgs: no text needed; gptq, awq, awq+gptq, best, nfl: calibrated.")
-    ] = "rtn",
-    hadamard_size: Annotated[
-        int | None, typer.Option(help="Rotate blocks of at most so many inputs; 0: none. higgs: 512, others: 0.")
-    ] = None,
+    table: TableOption = None,
+    method: MethodOption = "rtn",
+    hadamard_size: HadamardOption = None,
     vector_size: Annotated[int | None, typer.Option(help="Weights per code, 1 or 2. higgs: 2, others: 1.")] = None,
-    scale: Annotated[
-        str,
-        typer.Option(help="For rtn and higgs: absmax, rms, mse: the least squared error; auto: as the table wants."),
-    ] = "auto",
-    calibration: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="A UTF-8 text to calibrate with; may be repeated.")
-    ] = None,
+    scale: ScaleOption = "auto",
+    calibration: CalibrationOption = None,
     samples: Annotated[int, typer.Option(min=1, help="Windows of calibration text.")] = 64,
     window: Annotated[int, typer.Option(min=2, help="Tokens in such a window.")] = 512,
     seed: Annotated[int, typer.Option(help="Which windows are drawn.")] = 0,
     epochs: Annotated[int, typer.Option(min=1, help="For nfl: passes over the windows.")] = 2,
     lr: Annotated[float, typer.Option(help="For nfl: first step, in units of a layer's mean scale.")] = 5e-3,
-    objective: Annotated[
-        str, typer.Option(help="For nfl: kl (to the dense model), nll (of the text), or block after block.")
-    ] = "kl",
+    objective: ObjectiveOption = "kl",
     learn_table: Annotated[bool, typer.Option("--learn-table", help="For nfl: learn a table per layer.")] = False,
     skip: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="Leave layers dense: a name, a glob, or re:...")
@@ -87,28 +92,35 @@ def quantize(
     """Quantize MODEL and write a checkpoint that any GPU, and transformers itself, can load.
 
     Methods rtn and higgs, which hold one shard in memory, and nfl go on where they were when a killed run is repeated.
-    The calibrated methods hold the dense model. Method best learns a table per layer unless --table names one;
-    docs/quality.md says more.
+    The calibrated methods, and an average of bits, hold the dense model. Method best learns a table per layer unless
+    --table names one; docs/quality.md says more.
     """
     check_method(method, calibration or [], scale)
-    table_values, spec = layer_spec(bits, group_size, table, method, vector_size, hadamard_size)
+    whole, average = split_average(bits, per_layer, table, override or [])
+    check_used(method, average, context)
+    table_values, spec = layer_spec(whole, group_size, table, method, vector_size, hadamard_size)
     record = model_spec(spec, skip or [], override or [], lm_head=lm_head)
     from ..checkpoint.atomic import refuse_existing
+    from ..methods.folder import allocate_folder
     from ..methods.learn import Learning
+    from ..methods.recipes import RECIPES
 
     refuse_existing(output := output.expanduser().absolute(), force=force)
     check_device(device)
     texts = {str(path): read_text(path) for path in calibration or []}
     quiet_libraries(threads)
     options: dict[str, Any] = {"table": table_values, "device": device, "force": force, "version": __version__}
+    drawn: dict[str, Any] = {"samples": samples, "window": window, "seed": seed}
+    read = {"texts": texts, "scale": scale, "device": device, **drawn}
+    share = None if average is None else partial(allocate_folder, bits=average, **read)
     if method in DATA_FREE:
-        figures = _run(model, output, record, {**options, "scale": scale}, None, quiet=quiet)
+        figures = _run(model, output, record, {**options, "scale": scale}, None, share, quiet=quiet)
         figures["method"] = method
     else:
         learning = Learning(epochs, lr, objective=objective, learn_table=learn_table, seed=seed)
-        options |= {"method": method, "samples": samples, "window": window, "seed": seed}
-        options |= {"learning": learning} if method == "nfl" else {}
-        figures = _run(model, output, record, options, texts, quiet=quiet)
+        options |= {"method": method, **drawn}
+        options |= {"learning": learning} if RECIPES[method].learns_scales else {}
+        figures = _run(model, output, record, options, texts, share, quiet=quiet)
     if as_json:
         print_json(figures)
     else:
@@ -118,32 +130,16 @@ def quantize(
 def _print_report(output: Path, figures: dict[str, Any], *, quiet: bool) -> None:
     if "method_layers" in figures and not quiet:
         _print_layers(figures)
+    if "average" in figures:
+        shared = figures["average"]
+        told = ", ".join(f"{count} of {bits} bits" for bits, count in shared["layers"].items())
+        told += f" ({shared['rotated']} rotated)" if shared["rotated"] else ""
+        print(f"layers: {told}; {shared['bits']:.3f} on average, scales not counted")
     print(
         f"{output}: {figures['layers']} layers in {figures['bits_per_weight']:.3f} bits per weight, "
         f"{figures['bytes'] / 1e6:.1f} MB (was {figures['source_bytes'] / 1e6:.1f} MB), {figures['seconds']:.1f} s"
         + (f", at most {figures['peak_bytes'] / 1e9:.2f} GB of memory" if figures["peak_bytes"] else "")
     )
-
-
-def check_method(method: str, calibration: list[Path], scale: str) -> None:
-    """Refuse a method that does not exist, lacks its text, or does not go with other options.
-
-    Raises:
-        FluteError: naming the option.
-    """
-    from ..methods.recipes import RECIPES
-    from ..quantize import SCALE_METHODS
-
-    if method not in RECIPES:
-        raise FluteError(f"--method {method} is unknown; use {', '.join(RECIPES)}")
-    if scale not in SCALE_METHODS:
-        raise FluteError(f"--scale {scale} is unknown; use {' or '.join(SCALE_METHODS)}")
-    if method not in DATA_FREE and not calibration:
-        raise FluteError(f"--method {method} needs a text: --calibration FILE")
-    if method not in DATA_FREE and scale != "auto":
-        raise FluteError(f"--scale {scale} is for --method rtn; {method} searches its scales by itself")
-    if method in DATA_FREE and calibration:
-        raise FluteError(f"--calibration is not used by --method {method}; leave it out, or choose another method")
 
 
 def _print_layers(figures: dict[str, Any]) -> None:
@@ -183,9 +179,16 @@ def peak_bytes(device: str) -> int:
 
 
 def _run(
-    model: str, output: Path, record: ModelSpec, options: dict[str, Any], texts: dict[str, str] | None, *, quiet: bool
+    model: str,
+    output: Path,
+    record: ModelSpec,
+    options: dict[str, Any],
+    texts: dict[str, str] | None,
+    share: Callable[..., Allocation] | None,
+    *,
+    quiet: bool,
 ) -> dict[str, Any]:
-    """Figures of a run; ``texts`` is what a calibrated method reads, None rounds to nearest."""
+    """Figures of a run; ``texts`` is what a calibrated method reads, None rounds to nearest; ``share`` chooses bits."""
     from ..checkpoint import streaming
     from ..checkpoint.plan import make_plan
     from ..integrations import card, folders, mixtures
@@ -201,6 +204,9 @@ def _run(
         architecture = folders.architecture(source, record, check_names=True)
         for line in mixtures.told(architecture.left):
             note(line)  # also when quiet: 16 bits where fewer were asked for
+        if share is not None:
+            weights = sum(map(math.prod, architecture.linears.values()))
+            record, architecture, more["average"] = _allocated(share, source, record, weights, quiet=quiet)
         plan = make_plan(source, architecture, record)
         if not plan.weights:
             raise FluteError(f"{model}: no layer is left to quantize; see --skip, and flute inspect for the names")
@@ -226,20 +232,40 @@ def _run(
                     more["learned"] = asdict(made.learned)
         report = folders.validate(output)
         card.write(report, base=model, force=True)
-        return {
-            "output": str(output),
-            "method": options.get("method", "rtn"),
-            "layers": len(report.layers),
-            "quantized_weights": report.quantized_weights,
-            "bits_per_weight": report.bits_per_weight,
-            "bytes": report.nbytes,
-            "source_bytes": sum(entry.nbytes for entry in plan.headers.values()),
-            "seconds": time.perf_counter() - started,
-            "peak_bytes": peak_bytes(options["device"]),
-            "resumed": False,
-            "left_dense": architecture.left,
-            **more,
-        }
+    return {
+        "output": str(output),
+        "method": options.get("method", "rtn"),
+        "layers": len(report.layers),
+        "quantized_weights": report.quantized_weights,
+        "bits_per_weight": report.bits_per_weight,
+        "bytes": report.nbytes,
+        "source_bytes": sum(entry.nbytes for entry in plan.headers.values()),
+        "seconds": time.perf_counter() - started,
+        "peak_bytes": peak_bytes(options["device"]),
+        "resumed": False,
+        "left_dense": architecture.left,
+        **more,
+    }
+
+
+def _allocated(
+    share: Callable[..., Allocation], source: Path, record: ModelSpec, weights: int, *, quiet: bool
+) -> tuple[ModelSpec, Architecture, dict[str, Any]]:
+    """The record with bits for every layer, what that makes of the model, and figures of the choice."""
+    from ..integrations import folders
+
+    with progress_bar(weights, "w", quiet=quiet, scale=True) as bar:
+        bar.set_description_str("sensitivity")
+        made = share(source, record, progress=lambda name, weights: bool(bar.update(weights)))
+    architecture = folders.architecture(source, made.record)
+    layers = Counter(str(spec.bits) for spec in architecture.specs.values())
+    rotated = sum(spec.hadamard_size > 0 for spec in architecture.specs.values())
+    kl = {"predicted_kl": made.predicted, "predicted_kl_below": made.uniform}
+    return (
+        made.record,
+        architecture,
+        {"bits": made.bits, "layers": dict(sorted(layers.items())), "rotated": rotated, **kl},
+    )
 
 
 def layer_spec(
@@ -265,7 +291,7 @@ def layer_spec(
         size = 1 if values.dim() == 1 else 2
         width = (values.shape[0].bit_length() - 1) // size
         bits, name = width if bits is None else bits, CUSTOM_TABLE
-    elif table is None and method == "best":
+    elif table is None and method.startswith("best"):
         bits, name, size = 4 if bits is None else bits, CUSTOM_TABLE, 2
     elif table is None:
         bits = 4 if bits is None else bits

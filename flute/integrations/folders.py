@@ -87,13 +87,14 @@ def _download(model: str, hub: dict[str, Any]) -> Path:
         raise IntegrationError(f"{model!r} is no folder here, and the hub did not give it: {_line(error)}") from error
 
 
-def architecture(folder: Path, record: ModelSpec, *, check_names: bool = False) -> Architecture:
+def architecture(folder: Path, record: ModelSpec, *, check_names: bool = False, stored: bool = False) -> Architecture:
     """The layers and tensors of the model in ``folder``, from its config.json alone: nothing is allocated.
 
     Args:
         folder: holds config.json; weights are not looked at.
         record: says which layers are quantized, and how.
         check_names: refuse a pattern in ``record`` that names no layer.
+        stored: ``record`` is what the folder holds, see `modules.choose`.
 
     Raises:
         CheckpointError, IntegrationError: config.json is damaged, or transformers does not know the model.
@@ -105,7 +106,7 @@ def architecture(folder: Path, record: ModelSpec, *, check_names: bool = False) 
     model = skeleton(folder)
     if check_names:
         check_patterns(model, record)
-    choice = choose(model, record)
+    choice = choose(model, record, stored=stored)
     tensors = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     mapping = get_model_conversion_mapping(cast(Any, model))
     mapping += mixtures.scale_converters(mapping)
@@ -166,7 +167,7 @@ def validate(folder: Path) -> Report:
         CheckpointError: one line with everything that is missing, superfluous, or of the wrong shape or dtype.
     """
     record = read_record(folder)
-    return check(folder, record, architecture(folder, record))
+    return check(folder, record, architecture(folder, record, stored=True))
 
 
 def is_quantized(folder: Path) -> bool:

@@ -174,7 +174,7 @@ class FluteHfQuantizer(HfQuantizer):
         record = self.quantization_config.record
         if not self.pre_quantized:
             modules.check_patterns(model, record)
-        choice = modules.choose(model, record)
+        choice = modules.choose(model, record, stored=self.pre_quantized)
         if not choice.specs:
             raise IntegrationError(f"{type(model).__name__} has no linear layer to quantize under this config")
         for line in () if self.pre_quantized else mixtures.told(choice.left):

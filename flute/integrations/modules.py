@@ -83,8 +83,11 @@ def quantizable(model: nn.Module, *, lm_head: bool = False) -> list[str]:
     return names
 
 
-def choose(model: nn.Module, record: ModelSpec) -> Choice:
+def choose(model: nn.Module, record: ModelSpec, *, stored: bool = False) -> Choice:
     """What ``record`` says about each linear layer of ``model``.
+
+    Args:
+        stored: ``record`` is a checkpoint's, whose Hadamard blocks are as they are; else they are the most to take.
 
     Raises:
         SpecError: a layer cannot be stored in its spec, or patterns contradict each other.
@@ -95,14 +98,14 @@ def choose(model: nn.Module, record: ModelSpec) -> Choice:
         if spec is not None:
             linear = model.get_submodule(name)
             assert isinstance(linear, nn.Linear)
-            spec = spec.fitted(linear.in_features)
+            spec = spec if stored else spec.fitted(linear.in_features)
             spec.check_layer(name, linear.out_features, linear.in_features)
             specs[name] = spec
     dense = [name for name in _linears(model) if name not in specs]
     experts: dict[str, QuantSpec] = {}
     left = {}
     for name, obstacle in expert_stacks(model).items() if record.experts else ():
-        found = {} if obstacle else _expert_specs(model, name, record)
+        found = {} if obstacle else _expert_specs(model, name, record, stored=stored)
         experts |= found
         dense += [] if found else [name]
         if obstacle and not record.is_dense(name, *aliases(model, name)):
@@ -122,14 +125,14 @@ def expert_stacks(model: nn.Module) -> dict[str, str]:
     }
 
 
-def _expert_specs(model: nn.Module, name: str, record: ModelSpec) -> dict[str, QuantSpec]:
+def _expert_specs(model: nn.Module, name: str, record: ModelSpec, *, stored: bool) -> dict[str, QuantSpec]:
     """Specs of both projections of one experts module, none if they stay dense."""
     found = {}
     for projection, weight in model.get_submodule(name).named_parameters():
         full = f"{name}.{projection}"
         spec = record.spec_for(full, *aliases(model, full), name, *aliases(model, name))
         if spec is not None:
-            spec = spec.fitted(weight.shape[-1])
+            spec = spec if stored else spec.fitted(weight.shape[-1])
             spec.check_layer(full, *weight.shape[1:])
             found[full] = spec
     if len(found) == 1:

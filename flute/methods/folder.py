@@ -19,9 +19,47 @@ from ..checkpoint.plan import Plan
 from ..config import ModelSpec
 from ..errors import CheckpointError, FluteError
 from ..integrations import folders
-from .calibration import token_windows
+from .allocation import Allocation, allocate
+from .calibration import check_windows, token_windows
 from .learn import Learning, OnStep
 from .model import MethodReport, Progress, quantize_model
+
+
+def allocate_folder(
+    source: Path,
+    record: ModelSpec,
+    *,
+    bits: float,
+    texts: Mapping[str, str],
+    samples: int = 64,
+    window: int = 512,
+    seed: int = 0,
+    scale: str = "auto",
+    device: str = "cpu",
+    progress: Progress = lambda name, weights: None,
+) -> Allocation:
+    """Bits for every layer of the dense model in the folder ``source``, see `allocation.allocate`.
+
+    Args:
+        source: the folder. record: as for `allocate`.
+        bits: the average.
+        texts: name -> text; empty: the model writes its own.
+        samples, window, seed: of the windows, see `token_windows`; their first 512 tokens or so are read.
+        scale: as in `allocate`.
+        device: where the model runs; in float32 on a CPU.
+
+    Raises:
+        FluteError: one line.
+    """
+    model, tokenizer = folders.load(
+        folders.Found(source), device=device, dtype=torch.float32 if device == "cpu" else None
+    )
+    windows = None
+    if texts:
+        config = model.config.get_text_config()
+        windows = token_windows(tokenizer, texts, samples=samples, length=window, seed=seed)
+        check_windows(windows, config.vocab_size, getattr(config, "max_position_embeddings", None))
+    return allocate(model, record, bits, windows, scale=scale, seed=seed, progress=progress)
 
 
 def quantize_folder(

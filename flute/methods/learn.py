@@ -99,7 +99,7 @@ def learn_model(
     state: Path | None = None,
     on_step: OnStep = lambda done, total, loss: None,
 ) -> Learned:
-    """Replace the layers ``specs`` of a dense causal model by `LearnedLinear`, in place, and learn their scales.
+    """Replace the layers ``specs`` of a causal model by `LearnedLinear` where they are not, and learn their scales.
 
     Args:
         model: of transformers, in float32 or bfloat16, where the arithmetic is to be done.
@@ -149,6 +149,8 @@ def _replace(
 ) -> None:
     for name, spec in specs.items():
         linear = model.get_submodule(name)
+        if isinstance(linear, LearnedLinear):  # begun by another method
+            continue
         if not isinstance(linear, nn.Linear) or linear.weight.is_meta:
             raise IntegrationError(
                 f"layer {name!r} is a {type(linear).__name__}; scales are learned of linear layers in memory only: "

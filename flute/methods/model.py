@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from torch import nn
 from ..config import ModelSpec
 from ..errors import CalibrationError, IntegrationError
 from ..hadamard import transform
-from ..integrations.modules import check_patterns, choose
-from ..learned import learned_layers
+from ..integrations.modules import Choice, check_patterns, choose
+from ..learned import LearnedLinear, check_unrotated, learned_layers
 from ..linear import LutLinear
 from ..quantize import quantize
 from ..spec import CUSTOM_TABLE, QuantSpec
@@ -33,6 +33,7 @@ from .capture import (
     DenseInputs,
     Moments,
     find_stack,
+    linear_of,
     moments,
     record,
     run_block,
@@ -42,6 +43,7 @@ from .capture import (
 from .codebook import learn_table
 from .learn import Learned, Learning, OnStep, learn_model
 from .recipes import RECIPES, Recipe, Solved, solve
+from .stacks import RoundedStack, place_stacks, round_stack
 
 Progress = Callable[[str, int], None]  # name of a layer, and how many of its weights are now done
 
@@ -82,6 +84,8 @@ class _Job:
     head_dim: int
     report: MethodReport
     progress: Progress
+    learning: Learning
+    dense: dict[str, torch.Tensor] = field(default_factory=dict)  # weights of solved layers whose scales are learned
 
     def own(self, spec: QuantSpec) -> torch.Tensor | None:
         """The caller's custom table, for a spec that has one."""
@@ -113,7 +117,7 @@ def quantize_model(
         dtype: of scales, tables and the finished model; default the model's own.
         device: where the arithmetic is done; default where the model is.
         progress: called after every layer.
-        learning, state, on_step: of method ``"nfl"``, see `learn.learn_model`.
+        learning, state, on_step: where scales are learned, see `learn.learn_model`.
 
     Raises:
         FluteError: a spec that does not fit, bad windows, NaN. The model is then partly quantized: load it anew.
@@ -128,29 +132,29 @@ def quantize_model(
     for each in set(choice.specs.values()):
         if each.table != CUSTOM_TABLE or table is not None or not recipe.learns_tables:
             resolve_table(each, table if each.table == CUSTOM_TABLE else None)  # refused now, not after an hour
+    if recipe.learns_scales:
+        _check_learnable(choice)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise IntegrationError("the model is offloaded; load all of it into memory to quantize it")
     job = _Job(
         choice.specs, recipe, table, dtype or model.dtype, torch.device(device or model.device),
-        _head_dim(model.config.get_text_config()), MethodReport(method), progress,
+        _head_dim(model.config.get_text_config()), MethodReport(method), progress, learning or Learning(),
     )  # fmt: skip
     was_training = model.training
     model.eval()
-    if recipe.learns_scales:
-        if choice.experts:
-            raise IntegrationError(
-                f"{choice.experts[0]!r} is a stack of experts, whose scales cannot be learned; leave experts out "
-                "with a skip pattern, or use another method"
-            )
-        choice = choice._replace(specs=_learned(model, job, windows, learning or Learning(), state, on_step))
-    elif recipe.calibrated:
-        _calibrated(model, job, windows)
-    for name, each in choice.specs.items():
-        if not isinstance(model.get_submodule(name), LutLinear):
+    stacks = {name: _stack(model, name, job) for name in choice.experts}
+    specs = {name: each for name, each in choice.specs.items() if name not in stacks}
+    if recipe.solves:
+        _calibrated(model, job, windows, list(specs))
+    for name, each in specs.items() if recipe.solves or not recipe.calibrated else ():
+        if type(model.get_submodule(name)) is nn.Linear:
             _uncalibrated(model, name, each, job)
+    if recipe.learns_scales:
+        specs |= _learned(model, job, specs, windows, state, on_step)
+    place_stacks(model, {name: choice.specs[name] for name in stacks}, stacks)
     from ..integrations.huggingface import mark_quantized
 
-    mark_quantized(model, asked.resolved(choice.specs, choice.dense))
+    mark_quantized(model, asked.resolved(choice.specs | specs, choice.dense, experts=bool(stacks)))
     for parameter in model.parameters():  # not buffers: rotary frequencies in 16 bits would be wrong positions
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(job.dtype)
@@ -176,8 +180,23 @@ def _head_dim(config: Any) -> int:
     return getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
 
 
+def _check_learnable(choice: Choice) -> None:
+    if choice.experts:
+        raise IntegrationError(
+            f"{choice.experts[0]!r} is a stack of experts, whose scales cannot be learned; leave experts out "
+            "with a skip pattern, or use another method"
+        )
+    for name, spec in choice.specs.items():
+        check_unrotated(spec, name)
+
+
 def _learned(
-    model: Any, job: _Job, windows: torch.Tensor | None, learning: Learning, state: Path | None, on_step: OnStep
+    model: Any,
+    job: _Job,
+    specs: Mapping[str, QuantSpec],
+    windows: torch.Tensor | None,
+    state: Path | None,
+    on_step: OnStep,
 ) -> dict[str, QuantSpec]:
     """Learn scales and finish the layers; their specs, which a learned table changes."""
     if windows is None:
@@ -186,38 +205,41 @@ def _learned(
     model.to(job.device)
     if model.dtype == torch.float16:
         model.float()  # gradients in float16 underflow
+    left = {name: spec for name, spec in specs.items() if not isinstance(model.get_submodule(name), LutLinear)}
     job.report.learned = learn_model(
-        model, job.specs, windows, learning, table=job.table, dtype=job.dtype, state=state, on_step=on_step
+        model, left, windows, job.learning, table=job.table, dtype=job.dtype, state=state, on_step=on_step
     )
-    specs = {}
+    solved = {layer.name: layer for layer in job.report.layers}
     for name, layer in learned_layers(model).items():
-        specs[name] = layer.stored_spec
+        spec = left[name] = layer.stored_spec
         model.set_submodule(name, layer.finished(job.dtype))
-        job.report.layers.append(LayerResult(name, specs[name], None, 0.0, 0.0))
-        job.progress(name, layer.weight.numel())
+        if name not in solved:
+            job.progress(name, layer.weight.numel())
+        solved[name] = replace(solved.get(name, LayerResult(name, spec, None, 0.0, 0.0)), spec=spec)
     model.to(home)
+    job.report.layers[:] = solved.values()
     job.report.notes += job.report.learned.notes
-    return specs
+    return left
 
 
-def _calibrated(model: Any, job: _Job, windows: torch.Tensor | None) -> None:
+def _calibrated(model: Any, job: _Job, windows: torch.Tensor | None, linears: list[str]) -> None:
     if windows is None:
         raise CalibrationError(f"method {job.report.method!r} needs calibration windows; see token_windows")
     config = model.config.get_text_config()
     check_windows(windows, config.vocab_size, getattr(config, "max_position_embeddings", None))
-    prefix = find_stack(model, job.specs)
+    prefix = find_stack(model, linears)
     stack = record(model, prefix, windows)
     hidden = stack.hidden
     dense_hidden = list(hidden) if job.recipe.match_dense else []
     for index, (block, call) in enumerate(zip(stack.blocks, stack.calls, strict=True)):
         where = f"{prefix}.{index}"
-        names = [name.removeprefix(f"{where}.") for name in job.specs if name.startswith(f"{where}.")]
+        names = [name.removeprefix(f"{where}.") for name in linears if name.startswith(f"{where}.")]
         home, kept = next(block.parameters()).device, {n: p.dtype for n, p in block.named_parameters()}
         block.to(job.device, torch.float32)
         call = to_device(call, job.device)
         solved = _solve_block(where, block, names, hidden, dense_hidden, call, job)
         for name, result in solved.items():
-            block.set_submodule(name, _lut_layer(block.get_submodule(name), job.specs[f"{where}.{name}"], result, job))
+            block.set_submodule(name, _finished(f"{where}.{name}", block.get_submodule(name), result, job))
         for name, parameter in block.named_parameters():
             if name in kept and parameter.is_floating_point():  # codes that took the place of a weight stay bytes
                 parameter.data = parameter.data.to(kept[name])
@@ -247,6 +269,8 @@ def _solve_block(
                 solved[name] = _solve_layer(f"{where}.{name}", block.get_submodule(name), known, job)
         for name in group:  # layers with one input do not see each other: all are solved before any is changed
             if name in solved:
+                if job.recipe.learns_scales:
+                    job.dense[f"{where}.{name}"] = linear_of(block, name).weight.data
                 block.get_submodule(name).weight.data = solved[name].weight
     for index, part in enumerate(hidden):
         hidden[index] = run_block(block, part.to(job.device), call).to(part.device)
@@ -277,6 +301,18 @@ def _solve_layer(name: str, linear: nn.Module, known: Moments, job: _Job) -> Sol
     return result
 
 
+def _finished(name: str, linear: nn.Module, result: Solved, job: _Job) -> nn.Module:
+    """The layer with the solved codes: as it will be stored, or as its scales will be learned."""
+    assert isinstance(linear, nn.Linear)
+    if not job.recipe.learns_scales:
+        return _lut_layer(linear, job.specs[name], result, job)
+    linear.weight.data = job.dense.pop(name)
+    return LearnedLinear(
+        linear, job.specs[name], table=result.table, start=result.quantized, dtype=job.dtype,
+        learn_table=job.learning.learn_table, name=name,
+    )  # fmt: skip
+
+
 def _lut_layer(linear: nn.Module, spec: QuantSpec, result: Solved, job: _Job) -> LutLinear:
     assert isinstance(linear, nn.Linear)
     layer = LutLinear(linear.in_features, linear.out_features, spec, device=linear.weight.device, dtype=job.dtype)
@@ -284,6 +320,17 @@ def _lut_layer(linear: nn.Module, spec: QuantSpec, result: Solved, job: _Job) ->
         layer.table.copy_(result.table)
     layer.bias = linear.bias
     return layer.store(result.quantized).train(linear.training)
+
+
+def _stack(model: Any, name: str, job: _Job) -> RoundedStack:
+    spec, parameter = job.specs[name], model.get_parameter(name)
+    made = round_stack(
+        parameter, spec, table=job.own(spec), scale=job.recipe.scale, dtype=job.dtype, device=job.device, name=name
+    )
+    note = "rounded to nearest: experts are not calibrated" if job.recipe.calibrated else ""
+    job.report.layers.append(LayerResult(name, spec, None, 0.0, made.seconds, note))
+    job.progress(name, parameter.numel())
+    return made
 
 
 def _uncalibrated(model: Any, name: str, spec: QuantSpec, job: _Job) -> None:

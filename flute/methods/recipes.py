@@ -7,7 +7,7 @@ happens before, to the whole block.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -37,7 +37,8 @@ class Recipe:
         rounds: of refining scales, learned table and codes.
         match_dense: share of the way from W to the dense target (see `hessian.dense_target`).
         learns_tables: a custom spec without a table gets one of its own per layer.
-        learns_scales: scales are learned by gradient descent instead of these steps; see `learn`.
+        learns_scales: scales are learned by gradient descent in the end, see `learn`: of the codes that ``feedback``
+            chose, or without it of those nearest in every step.
     """
 
     summary: str
@@ -49,6 +50,11 @@ class Recipe:
     match_dense: float = 0.0
     learns_tables: bool = False
     learns_scales: bool = False
+
+    @property
+    def solves(self) -> bool:
+        """Whether layers are solved one by one, on calibration text."""
+        return self.calibrated and (self.feedback or not self.learns_scales)
 
 
 RECIPES = {
@@ -63,6 +69,11 @@ RECIPES = {
     "nfl": Recipe("scales learned by gradient descent through the whole model", learns_scales=True),
     "higgs": Recipe("rotated weights rounded to an optimal Gaussian grid, no calibration (specs of `higgs_spec`)",
                     calibrated=False),
+}  # fmt: skip
+RECIPES |= {
+    f"{name}+nfl": replace(RECIPES[name], learns_scales=True,
+                           summary=f"{name}, then scales learned through the whole model, its codes kept")
+    for name in ("gptq", "awq+gptq", "best")
 }  # fmt: skip
 
 
