@@ -53,7 +53,7 @@ def test_a_graph_a_thousand_times() -> None:
 
 
 def test_300_000_tokens() -> None:
-    """Rows repeat every 1,000, so must the answers, but for how tiles cut along K round; the first thousand are right."""
+    """Rows repeat every 1,000, so must the answers, but for rounding in tiles cut along K; the first ones are right."""
     m, n, k = 300_000, 1008, 1024
     ((weight, scales),), table = rotating_weights(n, k, SPEC, torch.float16, most=1)
     some = torch.randn(1000, k, device="cuda").half()

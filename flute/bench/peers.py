@@ -46,27 +46,17 @@ class Prepared(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Method:
-    """One way to multiply by a weight.
+class Library:
+    """Where a contestant comes from.
 
     Attributes:
         name: as it stands in tables. package: the distribution that has it, whose version is reported.
         module: what to import to see whether it is there.
-        bits, dtypes, group_sizes: what it takes; empty ``group_sizes``: any.
-        prepare: (W (N, K), bits, group_size, numbers of tokens that will be asked for) -> Prepared.
     """
 
     name: str
     package: str
     module: str
-    bits: tuple[int, ...]
-    dtypes: tuple[torch.dtype, ...]
-    group_sizes: tuple[int, ...]
-    prepare: Callable[[torch.Tensor, int, int, Sequence[int]], Prepared]
-
-    def takes(self, bits: int, group_size: int, dtype: torch.dtype) -> bool:
-        """Whether it has such a format at all."""
-        return bits in self.bits and dtype in self.dtypes and (not self.group_sizes or group_size in self.group_sizes)
 
     def version(self) -> str:
         """Of its package; "unknown" if that was not installed as one."""
@@ -84,6 +74,25 @@ class Method:
         except Exception as error:  # noqa: BLE001, a peer's import may fail in any way
             return f"import fails: {first_line(error)}"
         return ""
+
+
+@dataclass(frozen=True)
+class Method(Library):
+    """One way to multiply by a weight.
+
+    Attributes:
+        bits, dtypes, group_sizes: what it takes; empty ``group_sizes``: any.
+        prepare: (W (N, K), bits, group_size, numbers of tokens that will be asked for) -> Prepared.
+    """
+
+    bits: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...]
+    group_sizes: tuple[int, ...]
+    prepare: Callable[[torch.Tensor, int, int, Sequence[int]], Prepared]
+
+    def takes(self, bits: int, group_size: int, dtype: torch.dtype) -> bool:
+        """Whether it has such a format at all."""
+        return bits in self.bits and dtype in self.dtypes and (not self.group_sizes or group_size in self.group_sizes)
 
 
 def first_line(error: Exception) -> str:

@@ -19,8 +19,11 @@ from ..checkpoint.atomic import whole_file
 from ..errors import FluteError
 from .kernel import Row
 from .model import ModelRow
+from .quality import QualityRow
 
 _COLOURS = {4: "tab:blue", 3: "tab:green", 2: "tab:orange"}
+_SHAPES = "os^vDPX*<>ph"
+_HOPELESS = 8  # times the dense perplexity
 _MARKS = {"flute": "o", "humming": "s", "bitsandbytes": "^", "tinygemm": "v", "gemlite": "D"}
 
 
@@ -30,16 +33,17 @@ def require() -> None:
         raise FluteError("--plot: matplotlib is not installed; run: pip install 'flute-engine[plot]'")
 
 
-def _figure(panels: int, title: str, origin: str) -> tuple[Any, list[Any]]:
+def _figure(panels: int, title: str, origin: str, size: tuple[float, float] = (4, 3)) -> tuple[Any, list[Any]]:
     from matplotlib.figure import Figure
 
     across = min(3, panels)
     down = -(-panels // across)
-    figure = Figure(figsize=(4 * across, 3 * down + 1), dpi=90, layout="constrained")
+    width, height = size
+    figure = Figure(figsize=(width * across, height * down + 1), dpi=90, layout="constrained")
     axes = figure.subplots(down, across, squeeze=False).flatten().tolist()
     for spare in axes[panels:]:
         spare.set_visible(False)
-    figure.suptitle("\n".join([title, *textwrap.wrap(origin, 52 * across)]), fontsize=8)
+    figure.suptitle("\n".join([title, *textwrap.wrap(origin, int(13 * width) * across)]), fontsize=8)
     return figure, axes[:panels]
 
 
@@ -61,12 +65,12 @@ def _tokens_axis(axes: Any, tokens: Iterable[int]) -> None:
     axes.grid(alpha=0.3)
 
 
-def _plain_log_axis(axes: Any) -> None:
-    """Ratios and rates: twice as much is as far everywhere, and ticks are plain numbers."""
+def _plain_log_axis(axes: Any, base: int = 2, subs: Sequence[float] = (1,)) -> None:
+    """Twice as much is as far everywhere, and ticks are plain numbers: powers of ``base`` times ``subs``."""
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-    axes.set_yscale("log", base=2)
-    axes.yaxis.set_major_locator(LogLocator(base=2))
+    axes.set_yscale("log", base=base)
+    axes.yaxis.set_major_locator(LogLocator(base=base, subs=subs))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.tick_params(axis="y", labelsize=7)
@@ -155,4 +159,41 @@ def models(rows: Sequence[ModelRow], path: Path, origin: str) -> Path:
         _plain_log_axis(axes)
         axes.set_title(f"prompt of {prompt}", fontsize=9)
     panels[0].legend(fontsize=8)
+    return _save(figure, path)
+
+
+# ---- quality ---------------------------------------------------------------------------------------------------------
+
+
+def quality(rows: Sequence[QualityRow], path: Path, origin: str) -> Path:
+    """Perplexity (log) against real bits per weight, a marker for each family and a panel for each text.
+
+    The dense model is a line. What is worse than `_HOPELESS` times dense would leave no room for the rest: it is named
+    in the title instead.
+
+    Raises:
+        CheckpointError: ``path`` cannot be written.
+    """
+    names = [name for name in (rows[0].text, rows[0].second_text) if name]
+    columns = ("perplexity", "second_perplexity")[: len(names)]
+    families = list(dict.fromkeys(row.family for row in rows if row.family != "dense"))
+    figure, panels = _figure(len(names), "perplexity by real bits per weight", origin, size=(6, 5))
+    for axes, name, column in zip(panels, names, columns, strict=True):
+        dense = next((getattr(row, column) for row in rows if row.family == "dense"), None)
+        points = {row: getattr(row, column) for row in rows if row.family != "dense" and getattr(row, column)}
+        worst = _HOPELESS * (dense or min(points.values(), default=1))
+        for place, family in enumerate(families):
+            here = [(row.bits_per_weight, y) for row, y in points.items() if row.family == family and y <= worst]
+            axes.plot(*zip(*here, strict=True) if here else ([], []), _SHAPES[place % len(_SHAPES)], markersize=6,
+                      color=f"C{place % 10}", alpha=0.8, linestyle=":", linewidth=0.6, label=family)  # fmt: skip
+        if dense:
+            axes.axhline(dense, color="0.5", linestyle="--", linewidth=1, label="dense")
+        beyond = ", ".join(row.name for row, y in points.items() if y > worst)
+        title = f"{name}; beyond {worst:.3g}: {beyond}" if beyond else name
+        axes.set_title(textwrap.fill(title, 80), fontsize=7)
+        axes.set_xlabel("bits per weight, scales and tables included", fontsize=8)
+        axes.tick_params(axis="x", labelsize=7)
+        _plain_log_axis(axes, base=10, subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 7))
+        axes.grid(alpha=0.3)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=7)
     return _save(figure, path)

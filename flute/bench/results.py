@@ -19,14 +19,14 @@ _READ: dict[str, Callable[[str], Any]] = {
 }
 
 
-def write_rows(path: Path, origin: str, rows: Sequence[Any]) -> None:
+def write_rows(path: Path, origin: str, rows: Sequence[Any], *, digits: int = 4) -> None:
     """Write ``rows``, dataclasses of one type, under the comment ``# origin``. None is written as nothing."""
     text = io.StringIO(newline="")
     text.write(f"# {origin}\n")
     writer = csv.DictWriter(text, [field.name for field in fields(rows[0])], lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({name: _short(value) for name, value in asdict(row).items()})
+        writer.writerow({name: _short(value, digits) for name, value in asdict(row).items()})
     with whole_file(path) as file:
         file.write(text.getvalue().encode())
 
@@ -50,8 +50,8 @@ def read_rows(path: Path, *kinds: Any) -> tuple[str, list[Any]]:
     return origin.removeprefix("# "), rows
 
 
-def _short(value: Any) -> Any:
-    return float(f"{value:.4g}") if isinstance(value, float) else value
+def _short(value: Any, digits: int) -> Any:
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
 def output_file(output: Path, name: str) -> Path:

@@ -1,4 +1,4 @@
-"""``flute bench kernel | model | plot``: how fast, beside what else is installed, as CSV and picture."""
+"""``flute bench kernel | model | quality | plot``: how fast and how good, beside what else is installed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import typer
 
 from ..errors import FluteError
 from .common import QuietOption, check_device, note, parse_dtype, print_table, quiet_libraries
+from .quality import quality
 
 if TYPE_CHECKING:
     import torch
 
-app = typer.Typer(help="Measure speed: of the kernel by itself, or of a whole model.", no_args_is_help=True)
+app = typer.Typer(help="Measure speed, of the kernel or of a whole model, and quality.", no_args_is_help=True)
+app.command("quality")(quality)
 
 _SHAPES = "4096x4096,6144x4096,4096x14336,8192x8192,28672x4096,28672x8192"
 _TOKENS = "1,2,4,8,16,32,64,128,256,1024,4096"
@@ -172,12 +174,14 @@ def plot(
     from ..bench import plot as pictures
     from ..bench.kernel import Row
     from ..bench.model import ModelRow
+    from ..bench.quality import QualityRow
     from ..bench.results import read_rows
 
     pictures.require()
+    drawers: dict[Any, Any] = {Row: pictures.kernels, ModelRow: pictures.models, QualityRow: pictures.quality}
     for path in files:
-        origin, rows = read_rows(path, Row, ModelRow)
-        draw: Any = pictures.kernels if isinstance(rows[0], Row) else pictures.models
+        origin, rows = read_rows(path, *drawers)
+        draw = drawers[type(rows[0])]
         _close(path, draw, rows, origin)
 
 

@@ -1,1 +1,1 @@
-"""What a quantized model is worth: perplexity on a text, and tokens per second."""
+"""What a quantized model is worth: on a text, beside the dense model, in tasks, layer by layer, and how fast it is."""

@@ -21,7 +21,7 @@ import torch
 
 from ..errors import FluteError
 
-_TOKENS_AT_ONCE = 256  # rows of logits in float32: 256 x 128k x 4 B = 131 MB
+TOKENS_AT_ONCE = 256  # rows of logits in float32: 256 x 128k x 4 B = 131 MB
 PROTOCOL = "text tokenized once, windows do not overlap, last partial window dropped"
 
 
@@ -67,30 +67,55 @@ def perplexity(
     Raises:
         FluteError: fewer than two tokens or windows of fewer than two, or the model gives NaN.
     """
+    parts = cut(tokens, seq_len, max_windows)
+    loss, started = 0.0, time.perf_counter()
+    for index, part in enumerate(parts):
+        window = torch.tensor(part, device=model.device)
+        loss += window_loss(window_logits(model, window), window[1:])
+        progress(index + 1, len(parts))
+    return total(model, loss, parts, time.perf_counter() - started)
+
+
+def cut(tokens: Sequence[int], seq_len: int, max_windows: int | None) -> list[Sequence[int]]:
+    """The windows of the protocol.
+
+    Raises:
+        FluteError: there is nothing to predict.
+    """
     if seq_len < 2 or len(tokens) < 2:
         raise FluteError(f"{len(tokens)} tokens in windows of {seq_len}: nothing to predict; give a longer text")
     seq_len = min(seq_len, len(tokens))
-    total = len(tokens) // seq_len
-    total = total if max_windows is None else max(1, min(total, max_windows))
-    loss, started = 0.0, time.perf_counter()
-    for index in range(total):
-        window = torch.tensor(tokens[index * seq_len : (index + 1) * seq_len], device=model.device)
-        loss += _window_loss(model, window)
-        progress(index + 1, total)
-    predicted = total * (seq_len - 1)
-    if math.isnan(loss):
-        raise FluteError(f"the model gives NaN on this text in {model.dtype}; load it in another dtype")
-    mean = loss / predicted
-    result = math.exp(mean) if mean < 700 else math.inf  # exp(710) is more than a float holds
-    return Perplexity(result, predicted, time.perf_counter() - started, total, seq_len)
+    windows = len(tokens) // seq_len
+    windows = windows if max_windows is None else max(1, min(windows, max_windows))
+    return [tokens[index * seq_len : (index + 1) * seq_len] for index in range(windows)]
 
 
 @torch.inference_mode()
-def _window_loss(model: Any, window: torch.Tensor) -> float:
-    """Sum of -log p over a window (T,), in float32 per token and float64 in the sum."""
-    logits = model(input_ids=window[None], use_cache=False).logits[0, :-1]
+def window_logits(model: Any, window: torch.Tensor) -> torch.Tensor:
+    """Logits (T - 1, V) that predict all tokens of a window (T,) but the first."""
+    logits: torch.Tensor = model(input_ids=window[None], use_cache=False).logits
+    return logits[0, :-1]
+
+
+@torch.inference_mode()
+def window_loss(logits: torch.Tensor, targets: torch.Tensor) -> float:
+    """Sum of -log p of targets (T,) under logits (T, V), in float32 per token and float64 in the sum."""
     loss = 0.0
-    for rows, targets in zip(logits.split(_TOKENS_AT_ONCE), window[1:].split(_TOKENS_AT_ONCE), strict=True):
-        each = torch.nn.functional.cross_entropy(rows.float(), targets, reduction="none")
-        loss += float(each.double().sum())
+    for rows, those in zip(logits.split(TOKENS_AT_ONCE), targets.split(TOKENS_AT_ONCE), strict=True):
+        loss += float(torch.nn.functional.cross_entropy(rows.float(), those, reduction="none").double().sum())
     return loss
+
+
+def total(model: Any, loss: float, windows: Sequence[Sequence[int]], seconds: float) -> Perplexity:
+    """The result of a summed loss over ``windows``.
+
+    Raises:
+        FluteError: the loss is NaN.
+    """
+    if math.isnan(loss):
+        raise FluteError(f"the model gives NaN on this text in {model.dtype}; load it in another dtype")
+    seq_len = len(windows[0])
+    predicted = len(windows) * (seq_len - 1)
+    mean = loss / predicted
+    result = math.exp(mean) if mean < 700 else math.inf  # exp(710) is more than a float holds
+    return Perplexity(result, predicted, seconds, len(windows), seq_len)
