@@ -40,7 +40,8 @@ def register() -> None:
 
 def _register_now() -> None:
     try:
-        importlib.import_module("flute.integrations.huggingface")  # which registers, or is about to if half imported
+        for name in ("huggingface", "flatquant"):  # which register, or are about to if half imported
+            importlib.import_module(f"flute.integrations.{name}")
     except Exception as error:  # noqa: BLE001  (`import transformers` must go on)
         warnings.warn(
             f"flute could not register with transformers, so models with quant_method 'flute' will not load: {error!r}",

@@ -1,4 +1,4 @@
-"""The command line: ``flute quantize | convert | eval | generate | inspect | card | tune | doctor | bench | demo``.
+"""The command line: ``flute quantize | convert | flatquant | flatness | eval | generate | inspect | card | ...``.
 
 Each command is a file in `flute.commands`. Nothing here or at the top of those files imports torch, so that ``--help``
 is quick. Figures and text go to stdout, everything else to stderr; a refusal is one line there and exit code 1.
@@ -12,7 +12,20 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from flute import __version__
-from flute.commands import bench, card, convert, demo, doctor, evaluate, generate, inspect, quantize, tune
+from flute.commands import (
+    bench,
+    card,
+    convert,
+    demo,
+    doctor,
+    evaluate,
+    flatness,
+    flatquant,
+    generate,
+    inspect,
+    quantize,
+    tune,
+)
 from flute.errors import FluteError
 
 # click's base class of "you typed it wrong": typer brings click along under a private name, but shows this child of it
@@ -28,6 +41,8 @@ app = typer.Typer(
 )
 app.command("quantize")(quantize.quantize)
 app.command("convert")(convert.convert)
+app.command("flatquant")(flatquant.flatquant)
+app.command("flatness")(flatness.flatness)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("inspect")(inspect.inspect)

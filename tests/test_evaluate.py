@@ -154,3 +154,11 @@ def test_without_lm_eval(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     code, _, err = flute("eval", "tiny", "--tasks", "piqa", capsys=capsys)
     assert code == 1 and "flute-engine[eval]" in err
+
+
+def test_the_accuracy_of_papers() -> None:
+    both = tasks.TaskScores("t", 0, 9, {"acc": (0.5, None), "acc_norm": (0.6, 0.1)})
+    assert tasks.accuracy(both) == 0.6
+    assert tasks.accuracy(tasks.TaskScores("t", 0, 9, {"acc": (0.5, None)})) == 0.5
+    with pytest.raises(FluteError, match="has no accuracy but word_perplexity"):
+        tasks.accuracy(tasks.TaskScores("t", 0, 9, {"word_perplexity": (30.0, None)}))

@@ -54,6 +54,12 @@ def imported(node: ast.AST) -> set[str]:
     return set()
 
 
+def loads_weights_only(node: ast.Call) -> bool:
+    """torch.load(..., weights_only=True), which builds tensors and containers and calls nothing else."""
+    said = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+    return dotted(node.func) == "torch.load" and said.get("weights_only") == "True"
+
+
 def functions(module: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
     for node in ast.walk(module):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -69,7 +75,7 @@ def test_no_code_from_data(path: Path) -> None:
     for node in ast.walk(tree(path)):
         found += [(node.lineno, f"import {name}") for name in imported(node) & FORBIDDEN_MODULES]
         if isinstance(node, ast.Call):
-            if dotted(node.func) in FORBIDDEN_CALLS:
+            if dotted(node.func) in FORBIDDEN_CALLS and not loads_weights_only(node):
                 found.append((node.lineno, dotted(node.func)))
             for keyword in node.keywords:
                 off = isinstance(keyword.value, ast.Constant) and not keyword.value.value

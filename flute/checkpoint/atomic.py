@@ -26,6 +26,7 @@ from ..errors import CheckpointError
 from .files import read_json
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_METHODS = ("flute", "flatquant")  # of checkpoints that are ours to replace
 
 
 @contextlib.contextmanager
@@ -185,7 +186,7 @@ def refuse_existing(out: Path, *, force: bool) -> None:
         config = read_json(out / "config.json").get("quantization_config")
     except CheckpointError:
         config = None
-    if out.is_symlink() or not isinstance(config, dict) or config.get("quant_method") != "flute":
+    if out.is_symlink() or not isinstance(config, dict) or config.get("quant_method") not in _METHODS:
         raise CheckpointError(f"{out} is not a checkpoint of flute, so --force leaves it alone; remove it yourself")
 
 

@@ -54,6 +54,7 @@ def perplexity(
     seq_len: int = 2048,
     max_windows: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    cache: Callable[[int], Any] | None = None,
 ) -> Perplexity:
     """Perplexity of ``model`` on ``tokens``, by the protocol above.
 
@@ -63,6 +64,7 @@ def perplexity(
         seq_len: tokens in a window.
         max_windows: only the first so many windows.
         progress: called after every window with windows done and in total.
+        cache: makes a cache for so many tokens, through which keys and values then go; None: no cache.
 
     Raises:
         FluteError: fewer than two tokens or windows of fewer than two, or the model gives NaN.
@@ -71,7 +73,8 @@ def perplexity(
     loss, started = 0.0, time.perf_counter()
     for index, part in enumerate(parts):
         window = torch.tensor(part, device=model.device)
-        loss += window_loss(window_logits(model, window), window[1:])
+        logits = window_logits(model, window, None if cache is None else cache(len(part)))
+        loss += window_loss(logits, window[1:])
         progress(index + 1, len(parts))
     return total(model, loss, parts, time.perf_counter() - started)
 
@@ -91,9 +94,9 @@ def cut(tokens: Sequence[int], seq_len: int, max_windows: int | None) -> list[Se
 
 
 @torch.inference_mode()
-def window_logits(model: Any, window: torch.Tensor) -> torch.Tensor:
-    """Logits (T - 1, V) that predict all tokens of a window (T,) but the first."""
-    logits: torch.Tensor = model(input_ids=window[None], use_cache=False).logits
+def window_logits(model: Any, window: torch.Tensor, cache: Any = None) -> torch.Tensor:
+    """Logits (T - 1, V) that predict all tokens of a window (T,) but the first, by way of ``cache`` if there is one."""
+    logits: torch.Tensor = model(input_ids=window[None], past_key_values=cache, use_cache=cache is not None).logits
     return logits[0, :-1]
 
 

@@ -37,6 +37,18 @@ class TaskScores:
     metrics: dict[str, tuple[float, float | None]]
 
 
+def accuracy(scores: TaskScores) -> float:
+    """The accuracy that papers give: normalized by length where the task has that.
+
+    Raises:
+        FluteError: the task is not measured by accuracy.
+    """
+    for name in ("acc_norm", "acc"):
+        if name in scores.metrics:
+            return scores.metrics[name][0]
+    raise FluteError(f"task {scores.task!r} has no accuracy but {', '.join(scores.metrics)}; leave it out of the mean")
+
+
 def require() -> str:
     """The version of lm-eval.
 

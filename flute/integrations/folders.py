@@ -22,6 +22,7 @@ from ..checkpoint.files import CONFIG, inside, read_json
 from ..checkpoint.validate import Report, check, read_record
 from ..config import ModelSpec
 from ..errors import CheckpointError, FluteError, IntegrationError
+from ..flatquant.spec import QUANT_METHOD as FLATQUANT
 from . import mixtures
 from .modules import check_patterns, choose
 
@@ -175,6 +176,12 @@ def is_quantized(folder: Path) -> bool:
     return read_json(inside(folder, CONFIG)).get("quantization_config") is not None
 
 
+def is_flat(folder: Path) -> bool:
+    """Whether it is a checkpoint of FlatQuant, which the loader itself checks strictly."""
+    values = read_json(inside(folder, CONFIG)).get("quantization_config")
+    return isinstance(values, dict) and values.get("quant_method") == FLATQUANT
+
+
 def load(found: Found, *, device: str = "cpu", dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     """Model (in eval mode) and tokenizer; a checkpoint of flute is validated first.
 
@@ -191,7 +198,7 @@ def load(found: Found, *, device: str = "cpu", dtype: torch.dtype | None = None)
     options: dict[str, Any] = {"dtype": dtype or "auto", "device_map": {"": device}}
     if found.gguf is not None:
         options |= {**_gguf_options(found), "dtype": dtype or torch.float16}
-    elif is_quantized(found.folder):
+    elif is_quantized(found.folder) and not is_flat(found.folder):
         validate(found.folder)
     gguf = {} if found.gguf is None else {"gguf_file": found.gguf}
     try:

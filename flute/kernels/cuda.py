@@ -23,9 +23,7 @@ from .boxes import tensor_map
 
 _MINIMUM_CAPABILITY = (8, 0)
 _FILES: dict[type, str] = {plan.Plan: "decode.cu", tiles.Tiling: "matmul.cu", mma.Tiling: "mma.cu"}
-_LARGE = (
-    "lut_decode", "lut_matmul", "lut_mma", "hadamard", "int_decode", "int_matmul", "kronecker", "kv_attention",
-)  # fmt: skip
+_LARGE = ("lut_decode", "lut_matmul", "lut_mma", "hadamard", "int_decode", "int_matmul", "kronecker", "kv_attention")
 _thread = threading.local()
 
 
@@ -65,8 +63,7 @@ def _shared_bytes(device: int) -> int:
 def gpu(device: int) -> plan.Gpu:
     """What `plan` needs to know of ``cuda:device``, asked once; clusters are asked of the driver, not assumed."""
     properties = torch.cuda.get_device_properties(device)
-    arch, sms = _arch(device), properties.multi_processor_count
-    shared = _shared_bytes(device)
+    arch, sms, shared = _arch(device), properties.multi_processor_count, _shared_bytes(device)
     bare = plan.Gpu(sms, shared, arch, tuple((split, sms // split) for split in plan.CLUSTER_SIZES))
     if not bare.has_clusters:
         return bare
@@ -287,20 +284,19 @@ def _run(
     x, weight, scales, table = _aligned(x), _aligned(weight), _aligned(scales), _aligned(table)
     bias = None if bias is None else bias.contiguous()
     operands = (weight.data_ptr(), scales.data_ptr(), table.data_ptr(), int(table.dim() == 2))
-    add, out, shape = _pointer(bias), y.data_ptr(), launch.workspace
-    work = torch.empty(shape, dtype=torch.float32, device=x.device) if shape else None
-    parts = _pointer(work)
+    work = torch.empty(launch.workspace, dtype=torch.float32, device=x.device) if launch.workspace else None
+    add, out, parts = _pointer(bias), y.data_ptr(), _pointer(work)
     if k % 8 and not isinstance(launch.chosen, plan.Plan):  # the others copy 16 bytes of a row at a time
         x = torch.nn.functional.pad(x, (0, -k % 8))
     if isinstance(launch.chosen, tiles.Tiling):
         box = tensor_map(device, x.data_ptr(), m, x.shape[-1], launch.chosen.tokens)
-        if shape:
+        if work is not None:
             _launch(device, launch.second_config, launch.second, parts, launch.chosen.blocks)
         _launch(device, launch.config, launch.kernel, box, *operands, add, out, parts, *launch.sizes)
     else:
         _launch(device, launch.config, launch.kernel, *operands, x.data_ptr(), add, out, parts, *launch.sizes)
-        if shape:
-            _launch(device, launch.second_config, launch.second, parts, add, out, m, n, shape[0])
+        if work is not None:
+            _launch(device, launch.second_config, launch.second, parts, add, out, m, n, work.shape[0])
     return y
 
 

@@ -68,20 +68,21 @@ def batches(windows: torch.Tensor, tokens: int = _TOKENS_AT_ONCE) -> list[torch.
 
 
 @torch.no_grad()
-def record(model: Any, prefix: str, windows: torch.Tensor) -> Stack:
+def record(model: Any, prefix: str, windows: torch.Tensor, tokens: int = _TOKENS_AT_ONCE) -> Stack:
     """Hidden states before the first block and the calls of all blocks.
 
     Args:
         model: a causal model of transformers, dense.
         prefix: from `find_stack`.
         windows: int64 (S, L).
+        tokens: how many to a batch, about.
 
     Raises:
         IntegrationError: the blocks are no chain. CalibrationError: the embedding gives NaN.
     """
     stack = model.get_submodule(prefix)
     blocks = list(stack)
-    parts = batches(windows)
+    parts = batches(windows, tokens)
     first = _calls(model, blocks, parts[0], prefix)
     if len(parts) > 1 and not _alike(first, _calls(model, blocks, parts[1], prefix)):
         raise IntegrationError(

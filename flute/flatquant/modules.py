@@ -1,0 +1,274 @@
+"""What runs: transforms in front of layers, keys and values, and layers of integer weights.
+
+The same modules serve calibration and the finished model. With ``real`` they give codes to `IntLinear`; without, they
+give the numbers that those codes stand for to an ordinary nn.Linear, with gradients. Code for code it is the same
+arithmetic (`flute.kernels.tokens` is the definition), so what was calibrated is what runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..kernels.integer import int_linear, unpack_nibbles
+from ..kernels.pieces import arrange, restore
+from ..kernels.tokens import kronecker, kronecker_quantize, transform
+from .rounding import fake
+
+
+class Codes(NamedTuple):
+    """A quantized activation: int8 ``codes`` (M, n), float32 ``scale`` (M,), int32 ``zero`` (M,) or None; ``like``:
+    the tensor (..., n) it was made from, for shape and dtype."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor | None
+    like: torch.Tensor
+
+
+Activation = torch.Tensor | Codes
+
+
+def fixed(*shape: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> nn.Parameter:
+    """A parameter that is not trained by the model's owner."""
+    return nn.Parameter(torch.ones(*shape, device=device, dtype=dtype), requires_grad=False)
+
+
+class DeferredNorm(nn.Module):
+    """The place of an RMSNorm whose arithmetic the site behind it does, in the same launch: x -> x.
+
+    Attributes:
+        weight: (n,), under the name it always had. eps: the norm's.
+    """
+
+    def __init__(self, weight: nn.Parameter, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = weight, eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x."""
+        return x
+
+
+class Site(nn.Module):
+    """x -> x (left (x) right), rounded token by token: what one or more layers get.
+
+    Args:
+        rows, columns: n1 and n2 of the factors; 0: that factor is the identity.
+        bits, symmetric: of the grid; 16: not rounded.
+        clips: 1, or one for each consumer.
+        real: give codes.
+
+    Attributes:
+        left, right: (n1, n1), (n2, n2), in the activations' dtype. clip: (clips, 2) float32, ratios of max and min.
+    """
+
+    left: nn.Parameter | None
+    right: nn.Parameter | None
+    clip: nn.Parameter
+
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        bits: int,
+        *,
+        symmetric: bool = True,
+        clips: int = 1,
+        real: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.bits, self.symmetric, self.real = bits, symmetric, real
+        self._norm: tuple[DeferredNorm, ...] = ()  # a tuple: it is a child of the block, not of this module
+        for name, size in (("left", rows), ("right", columns)):
+            made = fixed(size, size, device=device, dtype=dtype) if size else None
+            self.register_parameter(name, made)
+            if made is not None and not made.is_meta:
+                nn.init.eye_(made)
+        self.register_parameter("clip", fixed(clips, 2, device=device, dtype=torch.float32) if bits < 16 else None)
+
+    def after(self, norm: DeferredNorm) -> None:
+        """Take over the arithmetic of the norm before a ``real`` site."""
+        self._norm = (norm,)
+
+    def forward(self, x: torch.Tensor) -> tuple[Activation, ...]:
+        """One activation per clip."""
+        if self.bits >= 16:
+            return (self._transformed(x),)
+        if self.real:
+            factors, kind = (self.left, self.right), (self.bits, self.symmetric)
+            return tuple(
+                Codes(*kronecker_quantize(x, *factors, clip, *kind, *self._norming()), x) for clip in self.clip
+            )
+        z = self._transformed(x)
+        return tuple(fake(z, self.bits, symmetric=self.symmetric, clip=clip) for clip in self.clip)
+
+    def _transformed(self, x: torch.Tensor) -> torch.Tensor:
+        if self.real:
+            return kronecker(x, self.left, self.right, *self._norming())
+        left, right = (None if each is None else each.to(x.dtype) for each in (self.left, self.right))
+        return transform(x, left, right, None, 0.0).to(x.dtype).view(x.shape)
+
+    def _norming(self) -> tuple[torch.Tensor | None, float]:
+        """Weight and eps of the norm to apply."""
+        return (self._norm[0].weight, self._norm[0].eps) if self._norm else (None, 0.0)
+
+    def extra_repr(self) -> str:
+        sizes = " x ".join(str(len(each)) for each in (self.left, self.right) if each is not None)
+        return f"{sizes}, bits={self.bits}, real={self.real}"
+
+
+class Heads(nn.Module):
+    """Keys and values as the cache holds them: k P_h, v (transformed before), a grid per token and head; and q P_h^-T.
+
+    q k^T = (q P_h^-T) (k P_h)^T, exactly. Scales are float16, as the cache stores them.
+
+    Args:
+        size: of the factor; 0: the identity. heads: of keys and values. head_dim: d.
+        bits, symmetric: of keys and of values.
+        offset: keys have a mean to subtract.
+
+    Attributes:
+        key, query: (d, d), P_h and P_h^-T, or None. offset: (heads, d) or None. k_clip, v_clip: (2,) float32.
+    """
+
+    key: nn.Parameter | None
+    query: nn.Parameter
+    offset: nn.Parameter | None
+    k_clip: nn.Parameter | None
+    v_clip: nn.Parameter | None
+
+    def __init__(
+        self,
+        size: int,
+        heads: int,
+        bits: tuple[int, int],
+        symmetric: tuple[bool, bool],
+        *,
+        head_dim: int,
+        offset: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.bits, self.symmetric = bits, symmetric
+        for name in ("key", "query"):
+            made = fixed(size, size, device=device, dtype=dtype) if size else None
+            self.register_parameter(name, made)
+            if made is not None and not made.is_meta:
+                nn.init.eye_(made)
+        for name, width in (("k_clip", bits[0]), ("v_clip", bits[1])):
+            made = fixed(2, device=device, dtype=torch.float32) if width < 16 else None
+            self.register_parameter(name, made)
+        self.register_parameter("offset", fixed(heads, head_dim, device=device, dtype=dtype) if offset else None)
+        if self.offset is not None and not self.offset.is_meta:
+            nn.init.zeros_(self.offset)
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """q (B, H, L, d) and k (B, heads, L, d), both after the rotary embedding, transformed; not rounded."""
+        if self.key is not None:
+            q, k = q @ self.query.to(q.dtype), k @ self.key.to(k.dtype)
+        return q, k if self.offset is None else k - self.offset.to(k.dtype).unsqueeze(-2)
+
+    def rounded(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Transformed keys and values (B, heads, L, d) as their codes stand for them."""
+        k = fake(k, self.bits[0], symmetric=self.symmetric[0], clip=self.k_clip, dtype=torch.float16)
+        return k, fake(v, self.bits[1], symmetric=self.symmetric[1], clip=self.v_clip, dtype=torch.float16)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, symmetric={self.symmetric}"
+
+
+class IntLinear(nn.Module):
+    """y = x W^T + bias of codes and integer weights; W ~ codes * weight_scale.
+
+    On a GPU the weight lies in the kernels' order, elsewhere in the checkpoint's; moving the module converts it, and a
+    state dict always shows the checkpoint's.
+
+    Args:
+        in_features, out_features: K (even below 5 bits), N.
+        bits: of the weights; up to 4 they share bytes.
+
+    Attributes:
+        weight: uint8 (N, K / 2) of `pack_nibbles`, or int8 (N, K), or `pieces.arrange`d. weight_scale: float32 (N,).
+        bias: (N,) or None.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bits: int,
+        *,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bits = in_features, out_features, bits
+        shape, kind = ((in_features // 2,), torch.uint8) if bits <= 4 else ((in_features,), torch.int8)
+        zeros = torch.zeros(out_features, *shape, dtype=kind, device=device)
+        self.weight = nn.Parameter(zeros, requires_grad=False)
+        self.weight_scale = fixed(out_features, device=device, dtype=torch.float32)
+        self.register_parameter("bias", fixed(out_features, device=device, dtype=dtype) if bias else None)
+
+    def forward(self, x: Codes) -> torch.Tensor:
+        """(..., N) in the activation's dtype."""
+        rows = None if x.zero is None else self.codes().sum(-1, dtype=torch.int32)
+        y = int_linear(x.codes, x.scale, self.weight, self.weight_scale, self.bias, x.like.dtype, x.zero, rows)
+        return y.view(*x.like.shape[:-1], self.out_features)
+
+    def codes(self) -> torch.Tensor:
+        """int8 (N, K)."""
+        stored = self.stored()
+        return unpack_nibbles(stored) if self.bits <= 4 else stored
+
+    def stored(self) -> torch.Tensor:
+        """The weight in the checkpoint's order."""
+        weight = self.weight.data
+        return restore(weight, self.out_features, self.in_features) if weight.dim() == 3 else weight
+
+    def arrange(self) -> None:
+        """Take the order that is right where the weight lies."""
+        if self.weight.is_cuda and self.weight.dim() == 2:
+            self.weight.data = arrange(self.weight.data)
+
+    def _apply(self, *arguments: Any, **keywords: Any) -> IntLinear:
+        self.weight.data = self.stored()
+        super()._apply(*arguments, **keywords)
+        self.arrange()
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = self.stored()
+
+    def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
+        self.weight.data = self.stored()
+        super()._load_from_state_dict(*arguments, **keywords)
+        self.arrange()
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
+
+
+@contextmanager
+def unrounded_cache(model: nn.Module) -> Iterator[None]:
+    """Inside, keys and values are transformed and not rounded: to tell what rounding them costs."""
+    parts = [part for part in model.modules() if isinstance(part, Heads)]
+    kept = [part.bits for part in parts]
+    try:
+        for part in parts:
+            part.bits = (16, 16)
+        yield
+    finally:
+        for part, bits in zip(parts, kept, strict=True):
+            part.bits = bits

@@ -1,0 +1,258 @@
+"""transformers' decoder blocks with the places where FlatQuant transforms and rounds.
+
+`FlatAttention` and `FlatMLP` take over the layers of the modules they replace, under the same names, and compute the
+same. They are for blocks like Llama's: q, k, v, o projections, a rotary embedding over whole heads, optional norms of
+queries and keys, RMSNorm with a weight, a gated MLP; grouped queries, biases and sliding windows included. That is
+Llama, Mistral, Qwen2 and Qwen3. Whether a model is such a one is not told by its name: `check_block` runs both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..errors import IntegrationError
+from ..flatquant.fold import MODULE_OF, SITE_OF, BlockShape
+from ..flatquant.learned import clips, rows_of, site_bits
+from ..flatquant.modules import Activation, DeferredNorm, Heads, IntLinear, Site
+from ..flatquant.sizes import factor_sizes
+from ..flatquant.spec import FlatSpec
+from ..linear import LutLinear
+from ..spec import QuantSpec
+from .kv_cache import Int4Cache
+
+_TOLERANCE = 1e-4  # relative, float32
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+class FlatAttention(nn.Module):
+    """Attention whose inputs, keys, values and output go through transforms.
+
+    Keys and values are transformed and rounded before they reach a cache, so any of transformers' caches holds what the
+    int4 cache would; that one rounds by itself.
+
+    Args:
+        attention: the module to take over. shape: of the block. modules: `Site`s and `Heads` by their names here.
+    """
+
+    input_transform: Site
+    output_transform: Site
+    heads: Heads
+    o_proj: nn.Module
+
+    def __init__(self, attention: Any, shape: BlockShape, modules: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self.config, self.layer_idx, self.shape = attention.config, attention.layer_idx, shape
+        self.num_key_value_groups = shape.heads // shape.kv_heads
+        self.is_causal, self.scaling = True, attention.scaling
+        self.attention_dropout = getattr(attention, "attention_dropout", 0.0)
+        windows = attention if hasattr(attention, "sliding_window") else attention.config
+        self.sliding_window = getattr(windows, "sliding_window", None)
+        for name, child in [*attention.named_children(), *modules.items()]:
+            self.add_module(name, child)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As transformers calls it: hidden (B, L, D) -> hidden, attention weights or None."""
+        inputs = self.input_transform(hidden_states)
+        q, k, v = (self._heads(name, inputs, index) for index, name in enumerate(("q", "k", "v")))
+        cos, sin = (part.unsqueeze(1) for part in position_embeddings)
+        q, k = self.heads(_rotated(q, cos, sin), _rotated(k, cos, sin))
+        if not isinstance(past_key_values, Int4Cache):
+            k, v = self.heads.rounded(k, v)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _eager)
+        dropout = self.attention_dropout if self.training else 0.0
+        out, weights = attend(
+            self, q, k, v, attention_mask,
+            dropout=dropout, scaling=self.scaling, sliding_window=self.sliding_window, **kwargs,
+        )  # fmt: skip
+        out = out.reshape(*hidden_states.shape[:-1], -1).contiguous()
+        return self.o_proj(self.output_transform(out)[0]), weights
+
+    def _heads(self, name: str, inputs: tuple[Activation, ...], index: int) -> torch.Tensor:
+        """(B, heads, L, d) of one projection, normed where the model does so."""
+        made = getattr(self, f"{name}_proj")(inputs[index % len(inputs)])
+        made = made.view(*made.shape[:-1], -1, self.shape.head_dim)
+        norm = getattr(self, f"{name}_norm", None)
+        return (made if norm is None else norm(made)).transpose(1, 2)
+
+
+class FlatMLP(nn.Module):
+    """down(act(gate(x)) * up(x)) whose two inputs go through transforms."""
+
+    input_transform: Site
+    down_transform: Site
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+
+    def __init__(self, mlp: Any, modules: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self.act_fn: Callable[[torch.Tensor], torch.Tensor] = mlp.act_fn
+        for name, child in [*mlp.named_children(), *modules.items()]:
+            self.add_module(name, child)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, L, D) -> (B, L, D)."""
+        inputs = self.input_transform(x)
+        inner = self.act_fn(self.gate_proj(inputs[0])) * self.up_proj(inputs[-1])
+        return self.down_proj(self.down_transform(inner)[0])
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """The rotary embedding of x (B, H, L, d) in halves (Su et al. 2021, RoPE)."""
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
+
+
+def _eager(
+    module: FlatAttention,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain attention, for ``attn_implementation="eager"``."""
+    k, v = (each.repeat_interleave(module.num_key_value_groups, 1) for each in (k, v))
+    scores = q @ k.mT * scaling
+    weights = (scores if mask is None else scores + mask).softmax(-1, dtype=torch.float32).to(q.dtype)
+    return (nn.functional.dropout(weights, dropout) @ v).transpose(1, 2), weights
+
+
+def blocks_of(model: Any) -> tuple[str, list[nn.Module]]:
+    """The name of the decoder's list of blocks, and the blocks.
+
+    Raises:
+        IntegrationError: there is none, or its blocks have other layers than these.
+    """
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    blocks = getattr(decoder, "layers", None)
+    if not isinstance(blocks, nn.ModuleList) or not len(blocks):
+        raise IntegrationError(f"{type(model).__name__} has no decoder with layers; FlatQuant is for decoders")
+    for index, block in enumerate(blocks):
+        layers = dict(block.named_modules())
+        lacking = [name for name in (*SITE_OF, *_NORMS) if name not in layers]
+        if lacking:
+            raise IntegrationError(
+                f"block {index} of {type(model).__name__} has no {lacking[0]!r}; FlatQuant is for blocks like Llama's, "
+                "Mistral's, Qwen2's and Qwen3's"
+            )
+    prefix = next(name for name, module in model.named_modules() if module is blocks)
+    return prefix, list(blocks)
+
+
+def shape_of(block: Any) -> BlockShape:
+    """Sizes of a block that is not taken over yet."""
+    attention, mlp = block.self_attn, block.mlp
+    size = attention.head_dim
+    return BlockShape(
+        attention.q_proj.in_features, mlp.down_proj.in_features,
+        attention.q_proj.out_features // size, attention.k_proj.out_features // size, size,
+    )  # fmt: skip
+
+
+def flatten(block: Any, spec: FlatSpec, *, transforms: bool = True, real: bool = False) -> None:
+    """Put `FlatAttention` and `FlatMLP` into a block of transformers, in place; all transforms are the identity.
+
+    Args:
+        transforms: room for transforms; else sites only round (the baseline without any).
+        real: with layers of integer (or table) weights instead of the dense ones, on the block's device; the two norms
+            become part of the transforms behind them.
+    """
+    shape, weight = shape_of(block), block.self_attn.q_proj.weight
+    where: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+    if real:
+        for name in SITE_OF:
+            if spec.weight_bits(name) < 16:
+                bias = block.get_submodule(name).bias is not None
+                block.set_submodule(name, _layer(spec, shape, name, bias, where))
+    modules: dict[str, dict[str, nn.Module]] = {"self_attn": {}, "mlp": {}}
+    for site, path in MODULE_OF.items():
+        rows, columns = factor_sizes(shape.features(site)) if site != "out" else (shape.heads, 0)
+        owner, _, name = path.partition(".")
+        modules[owner][name] = Site(
+            rows if transforms and rows > 1 else 0, columns if transforms else 0, site_bits(spec, site),
+            symmetric=not spec.a_asym, clips=clips(spec, site), real=real, **where,
+        )  # fmt: skip
+    modules["self_attn"]["heads"] = Heads(
+        shape.head_dim if transforms and spec.k_bits < 16 else 0, shape.kv_heads, (spec.k_bits, spec.v_bits),
+        (not spec.k_asym, not spec.v_asym), head_dim=shape.head_dim, offset=spec.key_offset, **where,
+    )  # fmt: skip
+    for name, owner in zip(_NORMS, ("self_attn", "mlp"), strict=True) if real else ():
+        norm = block.get_submodule(name)
+        deferred = DeferredNorm(norm.weight, norm.variance_epsilon)
+        block.set_submodule(name, deferred)
+        cast(Site, modules[owner]["input_transform"]).after(deferred)
+    block.self_attn = FlatAttention(block.self_attn, shape, modules["self_attn"]).train(block.training)
+    block.mlp = FlatMLP(block.mlp, modules["mlp"]).train(block.training)
+
+
+def _layer(spec: FlatSpec, shape: BlockShape, name: str, bias: bool, where: dict[str, Any]) -> nn.Module:
+    """The layer that runs weights of this many bits on activations of that many."""
+    bits, rows, columns = spec.weight_bits(name), rows_of(shape, name), shape.features(SITE_OF[name])
+    if spec.activation_bits(name) < 16:
+        return IntLinear(columns, rows, bits, bias=bias, **where)
+    return LutLinear(columns, rows, QuantSpec(bits, -1, f"int{bits}"), bias=bias, **where)
+
+
+@torch.no_grad()
+def check_block(dense: Callable[[], torch.Tensor], flat: Callable[[], torch.Tensor], where: str) -> None:
+    """Refuse a block that `flatten` changed: run before and after, both in float32.
+
+    Raises:
+        IntegrationError: outputs differ.
+    """
+    truth, found = dense(), flat()
+    error = float((found - truth).abs().max() / truth.abs().max().clamp_min(1e-30))
+    if not error < _TOLERANCE:
+        raise IntegrationError(
+            f"block {where!r} computes something else than Llama's, Mistral's, Qwen2's or Qwen3's (relative difference "
+            f"{error:.1e}); FlatQuant does not know it, use flute quantize"
+        )
+
+
+@torch.no_grad()
+def check_norms(block: nn.Module, where: str) -> None:
+    """Refuse norms that are no x / |x| times a weight: diagonals could not be folded into them.
+
+    Raises:
+        IntegrationError: such a norm, Gemma's (1 + weight) for one.
+    """
+    for name in _NORMS:
+        norm = block.get_submodule(name)
+        weight = cast(torch.Tensor, norm.weight)
+        x = torch.ones_like(weight) * torch.linspace(-2, 2, len(weight), device=weight.device)
+        wanted = x * x.square().mean().rsqrt() * weight
+        if not torch.allclose(norm(x[None, None])[0, 0].float(), wanted.float(), rtol=1e-2, atol=1e-3):
+            raise IntegrationError(
+                f"{name} of block {where!r} is no RMSNorm times a weight, as Llama's is; FlatQuant does not know this "
+                "model, use flute quantize"
+            )
+
+
+def int4_cache(model: Any, tokens: int) -> Int4Cache:
+    """A cache of int4 codes for a flattened model, with its clips, for ``past_key_values=``.
+
+    Raises:
+        IntegrationError: the model's keys and values have other than 4 bits.
+    """
+    heads = [cast(Heads, block.get_submodule("self_attn.heads")) for block in blocks_of(model)[1]]
+    if any(each.bits != (4, 4) for each in heads):
+        raise IntegrationError(f"keys and values have {heads[0].bits} bits; the int4 cache is for 4 and 4")
+    return Int4Cache(model.config, tokens, heads[0].symmetric, [(each.k_clip, each.v_clip) for each in heads])

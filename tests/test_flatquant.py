@@ -1,0 +1,269 @@
+"""FlatQuant's arithmetic: transforms that change nothing, folds, grids code for code; then whole blocks."""
+
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+
+from flute.errors import SpecError
+from flute.flatquant.factors import Factor, Pair, cayley, pairs
+from flute.flatquant.fold import FACTORS_OF, SITE_OF, BlockShape, fold
+from flute.flatquant.initial import balanced, flat_rotation, hadamard, identity
+from flute.flatquant.learned import Learned
+from flute.flatquant.modules import Codes, Heads, IntLinear, Site
+from flute.flatquant.rounding import codes, decode, fake, grid
+from flute.flatquant.sizes import factor_sizes
+from flute.flatquant.spec import PRESETS, FlatSpec
+from flute.integrations.flatblocks import blocks_of, flatten, shape_of
+from flute.kernels.integer import pack_nibbles
+from flute.kernels.tokens import quantize_rows, transform
+
+FAMILIES: list[tuple[str, dict[str, Any]]] = [
+    ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    ("Mistral", {"sliding_window": 4}),
+    ("Qwen2", {}),
+    ("Qwen3", {}),
+]
+PAIRS = {
+    576: (24, 24), 1536: (32, 48), 3584: (56, 64), 5120: (64, 80), 8960: (80, 112), 11008: (86, 128),
+    14336: (112, 128), 18944: (128, 148), 29568: (168, 176), 4098: (6, 683), 97: (1, 97),
+}  # fmt: skip
+
+
+def random_parts(size: int, seed: int) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    a, b = (torch.randn(size, size, generator=generator) for _ in range(2))
+    return balanced(a @ a.T, b @ b.T)
+
+
+def random_learned(spec: FlatSpec, shape: BlockShape, *, key: bool = True) -> Learned:
+    """Transforms and diagonals that are far from the identity."""
+    parts = {"key": random_parts(shape.head_dim, 9)} if key else {}
+    for site, names in FACTORS_OF.items():
+        sizes = (shape.heads, shape.head_dim) if site == "out" else factor_sizes(shape.features(site))
+        parts |= {name: random_parts(size, index) for index, (name, size) in enumerate(zip(names, sizes, strict=True))}
+    generator = torch.Generator().manual_seed(5)
+    widths = {site: shape.features(site) for site in ("attn", "mlp", "down")}
+    widths["value"] = shape.kv_heads * shape.head_dim
+    scales = {name: 0.5 + torch.rand(width, generator=generator) for name, width in widths.items()}
+    mean = torch.randn(shape.kv_heads, shape.head_dim, generator=generator) if spec.key_offset else None
+    made = Learned(spec, shape, parts, scales, mean)
+    with torch.no_grad():
+        for parameter in made.factors.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return made
+
+
+# ---- sizes and factors -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("features", PAIRS)
+def test_factors_have_the_least_sum(features: int) -> None:
+    best = min((a + features // a, a) for a in range(1, features + 1) if features % a == 0)
+    assert factor_sizes(features) == PAIRS[features] == (best[1], features // best[1])
+
+
+def test_no_features_are_refused() -> None:
+    with pytest.raises(SpecError, match="positive"):
+        factor_sizes(0)
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_the_inverse_is_the_inverse(direct: bool) -> None:
+    factor = Factor(random_parts(24, 1), direct=direct)
+    for parameter in factor.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
+    made = pairs({"a": factor, "b": Factor(random_parts(24, 3))})["a"]
+    assert torch.allclose(made.forward.double() @ made.inverse.double().T, torch.eye(24).double(), atol=1e-5)
+    if not direct:
+        with torch.no_grad():  # it begins where it was told to
+            assert torch.allclose(
+                pairs({"b": Factor(random_parts(24, 3))})["b"].forward, random_parts(24, 3).matrix().float(), atol=1e-5
+            )
+
+
+@pytest.mark.parametrize("size", [1e-8, 1.0, 1e4, 1e18])
+def test_no_parameter_is_singular(size: float) -> None:
+    raw = size * torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(0))
+    turned = cayley(raw)
+    assert torch.isfinite(turned).all()
+    if size <= 1e4:
+        assert torch.allclose(turned @ turned.mT, torch.eye(16).expand(3, -1, -1), atol=1e-3)
+    factor = Factor(identity(16))
+    factor.log_values.data = torch.linspace(-30, 30, 16)  # of condition 1e26
+    made = pairs({"p": factor})["p"]
+    assert torch.isfinite(made.forward).all() and torch.isfinite(made.inverse).all()
+
+
+@pytest.mark.parametrize("size", [9, 24, 32, 97])
+def test_the_closed_form_gives_both_sides_one_flat_covariance(size: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    spread = torch.logspace(-0.5, 0.5, size).double()
+    m = torch.diag(spread**2)
+    w = torch.randn(4 * size, size, generator=generator).double() / spread
+    g = w.T @ w / len(w)
+    p = balanced(m, g).matrix()
+    q = torch.linalg.inv(p).T
+    sides = [p.T @ m @ p, q.T @ g @ q]
+    product = float(sides[0].trace() * sides[1].trace())
+    assert product < 0.5 * float(m.trace() * g.trace())
+    a, b = (side / side.trace() * size for side in sides)
+    assert torch.allclose(a, b, atol=0.15)  # up to the damping of moments
+    assert float(a.diagonal().max()) < (1.1 if size in (24, 32) else 2.0)
+
+
+@pytest.mark.parametrize("size", [1, 9, 12, 32, 86, 97])
+def test_rotations_are_orthogonal_and_flat(size: int) -> None:
+    h = flat_rotation(size)
+    assert torch.allclose(h @ h.T, torch.eye(size).double(), atol=1e-10)
+    assert float(h.abs().max()) <= (2 / size) ** 0.5 + 1e-9 or size == 1
+    assert torch.equal(hadamard(size).matrix(), h)
+
+
+# ---- exactness -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("features", [576, 1536, 3584, 5120, 11008, 14336])
+def test_a_transform_changes_nothing(features: int) -> None:
+    n1, n2 = factor_sizes(features)
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(rows, features, generator=generator).double() for rows in (3, 5))
+    left, right = (Pair.of(random_parts(n, n).matrix()) for n in (n1, n2))
+    y = transform(x, left.forward, right.forward, None, 0.0) @ transform(w, left.inverse, right.inverse, None, 0.0).T
+    assert torch.allclose(y, x @ w.T, rtol=1e-9, atol=1e-9)
+
+
+def test_the_transform_is_the_kronecker_product() -> None:
+    left, right = torch.randn(3, 3).double(), torch.randn(5, 5).double()
+    x = torch.randn(4, 15).double()
+    assert torch.allclose(transform(x, left, right, None, 0.0), x @ torch.kron(left, right))
+
+
+@pytest.mark.parametrize(("family", "options"), FAMILIES, ids=[family for family, _ in FAMILIES])
+@pytest.mark.parametrize("offset", [False, True])
+def test_transforms_alone_leave_a_model_as_it_is(family: str, options: dict[str, Any], offset: bool) -> None:
+    model, ids = tiny_models.build(family, **options), tiny_models.prompt()
+    truth = model(ids).logits
+    spec = FlatSpec(w_bits=16, a_bits=16, k_bits=4, v_bits=4, key_offset=offset)
+    for block in blocks_of(model)[1]:
+        shape = shape_of(block)
+        flatten(block, spec)
+        block.self_attn.heads.bits = (16, 16)
+    assert torch.allclose(model(ids).logits, truth, rtol=1e-5, atol=1e-5)  # nothing but the place for it
+    for block in blocks_of(model)[1]:
+        learned = random_learned(spec, shape)
+        with torch.no_grad():
+            block.load_state_dict(block.state_dict() | learned.tensors(dict(block.named_parameters())))
+    assert float((model(ids).logits - truth).detach().abs().max() / truth.abs().max()) < 1e-5
+
+
+def test_the_fold_is_the_online_form() -> None:
+    """Each layer of a folded block, given transformed input, gives what the dense one gives (values: transformed)."""
+    model = tiny_models.build("Qwen2")
+    block = blocks_of(model)[1][0]
+    shape, dense = shape_of(block), {name: p.detach().double() for name, p in block.named_parameters()}
+    learned = random_learned(FlatSpec(), shape)
+    made = {name: Pair.of(pair.forward.detach().double()) for name, pair in learned.made().items()}
+    scales = {name: scale.detach().double() for name, scale in learned.scales().items()}
+    folded = fold(dense, made, scales, shape)
+    turn = torch.kron(torch.eye(shape.kv_heads).double(), made["out_right"].forward)
+    for name, site in SITE_OF.items():
+        x = torch.randn(7, shape.features(site)).double()
+        bias = dense.get(f"{name}.bias", torch.zeros(1))
+        y = x @ dense[f"{name}.weight"].T + bias
+        if name == "self_attn.v_proj":
+            y = y * scales["value"] @ turn
+        if name == "mlp.up_proj":
+            y = y * scales["down"]
+        c = shape.per_query_head(scales["value"]) if site == "out" else scales[site]
+        z = x * c @ torch.kron(*(made[part].forward for part in FACTORS_OF[site]))
+        assert torch.allclose(z @ folded[f"{name}.weight"].T + folded.get(f"{name}.bias", 0), y, rtol=1e-8, atol=1e-8)
+    for site, norm in (("attn", "input_layernorm"), ("mlp", "post_attention_layernorm")):
+        assert torch.equal(folded[f"{norm}.weight"], dense[f"{norm}.weight"] * scales[site])
+
+
+# ---- grids -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_grids_are_the_kernels_code_for_code(bits: int, symmetric: bool, dtype: torch.dtype) -> None:
+    x = torch.randn(200, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 200).unsqueeze(-1)
+    x[0], x[1], x[2] = 0, x[1].abs(), 5.0
+    clip = torch.tensor([0.9, 0.8])
+    made = grid(x, bits, symmetric=symmetric, clip=clip, dtype=dtype)
+    truth, scale, zero = quantize_rows(x, bits, symmetric, clip, dtype)
+    shift = 0 if symmetric else 1 << (bits - 1)  # the kernels store asymmetric codes lower
+    assert torch.equal(codes(x, made, bits) - shift, truth.float())
+    assert torch.equal(made.scale.squeeze(-1), scale.float())
+    assert made.zero is None if symmetric else torch.equal(made.zero.squeeze(-1) - shift, zero.float())
+    assert torch.equal(fake(x, bits, symmetric=symmetric, clip=clip, dtype=dtype), decode(codes(x, made, bits), made))
+
+
+def test_rounding_passes_the_gradient() -> None:
+    x = torch.tensor([[0.3, -1.0, 0.6, 1.0]], requires_grad=True)
+    made = grid(x.detach(), 4)
+    decode(codes(x, made, 4), made).sum().backward()
+    assert x.grad is not None and torch.allclose(x.grad, torch.ones_like(x))
+    assert fake(x, 16) is x
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("clips", [1, 3])
+def test_real_sites_and_layers_are_the_simulated_ones(bits: int, symmetric: bool, clips: int) -> None:
+    torch.manual_seed(0)
+    sites = [Site(6, 12, bits, symmetric=symmetric, clips=clips, real=real) for real in (False, True)]
+    values = {"left": torch.randn(6, 6), "right": torch.randn(12, 12), "clip": 0.7 + 0.3 * torch.rand(clips, 2)}
+    for site in sites:
+        site.load_state_dict(values)
+    x = torch.randn(2, 5, 72)
+    simulated, real = (site(x) for site in sites)
+    assert len(simulated) == len(real) == clips
+    layer = IntLinear(72, 20, 4, bias=True)
+    units = torch.randint(-8, 8, (20, 72), dtype=torch.int8)
+    layer.weight.data, layer.weight_scale.data, layer.bias.data = pack_nibbles(units), torch.rand(20), torch.randn(20)
+    assert torch.equal(layer.codes(), units)
+    weight = (units * layer.weight_scale.unsqueeze(-1)).double()
+    for one, other in zip(simulated, real, strict=True):
+        assert isinstance(other, Codes)
+        numbers = other.codes.float() if other.zero is None else (other.codes - other.zero.unsqueeze(-1)).float()
+        assert torch.equal(numbers * other.scale.unsqueeze(-1), one.view(-1, 72))  # bit for bit
+        truth = one.double() @ weight.T + layer.bias.double()
+        assert torch.allclose(layer(other).double(), truth, rtol=1e-5, atol=1e-4)
+
+
+def test_a_mean_key_does_not_change_attention() -> None:
+    torch.manual_seed(0)
+    heads = Heads(8, 2, (4, 4), (False, False), head_dim=8, offset=True)
+    q, k = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
+    before = (q @ k.mT).softmax(-1)
+    heads.offset.data = 10 * torch.randn(2, 8)
+    moved = heads(q, k)
+    assert torch.allclose((moved[0] @ moved[1].mT).softmax(-1), before, atol=1e-5)
+
+
+# ---- specs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_specs_go_to_json_and_back(name: str) -> None:
+    spec = PRESETS[name]
+    assert FlatSpec.from_dict(spec.to_dict()) == spec
+    spec.check_storable()
+
+
+@pytest.mark.parametrize(
+    "change", [{"w_bits": 1}, {"a_bits": 9}, {"k_bits": True}, {"more": 1}, {"version": 2}, {"k_asym": 1}], ids=str
+)
+def test_what_a_config_may_not_say(change: dict[str, Any]) -> None:
+    with pytest.raises(SpecError):
+        FlatSpec.from_dict(FlatSpec().to_dict() | change)
+
+
+@pytest.mark.parametrize("spec", [FlatSpec(w_asym=True), FlatSpec(16, 4), FlatSpec(8, 16)], ids=str)
+def test_what_has_no_layer_is_not_stored(spec: FlatSpec) -> None:
+    with pytest.raises(SpecError):
+        spec.check_storable()

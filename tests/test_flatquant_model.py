@@ -1,0 +1,370 @@
+"""FlatQuant on whole models: calibration, what interrupts and damages it, checkpoints, caches, the command lines."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from safetensors.torch import load_file, save_file
+
+from flute.commands import flat_published
+from flute.commands.flatness import draw
+from flute.errors import CalibrationError, CheckpointError, IntegrationError
+from flute.evaluate.flat import perplexities
+from flute.flatquant.fold import MODULE_OF, SITE_OF
+from flute.flatquant.matrices import Matrices
+from flute.flatquant.modules import Codes, IntLinear
+from flute.flatquant.spec import PRESETS, FlatSpec
+from flute.integrations import flat_upstream
+from flute.integrations.flatblocks import blocks_of, int4_cache
+from flute.integrations.flatquant import mark_flat
+from flute.methods import flat_train, flatness
+from flute.methods.flat_folder import FlatJob, flatquant_folder, load_matrices, save_matrices
+from flute.methods.flat_start import Start
+from flute.methods.flat_train import Schedule
+from flute.methods.flatquant import apply, calibrate
+
+WINDOWS = torch.randint(3, 97, (4, 16), generator=torch.Generator().manual_seed(0))
+SHORT = Schedule(epochs=8, lr=1e-2)
+
+
+def quantized(model: Any, spec: FlatSpec, matrices: list[Matrices], **options: Any) -> Any:
+    made = copy.deepcopy(model)
+    apply(made, spec, matrices, **options)
+    return made
+
+
+def same(one: list[Matrices], other: list[Matrices]) -> bool:
+    pairs = [(a.to_tensors(), b.to_tensors()) for a, b in zip(one, other, strict=True)]
+    return all(a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a) for a, b in pairs)
+
+
+# ---- calibration -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen3"])
+def test_calibration_lowers_the_error_and_leaves_the_model_alone(family: str) -> None:
+    model = tiny_models.build(family)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    steps = []
+    matrices, report = calibrate(
+        model, FlatSpec(), WINDOWS, None, SHORT, batch=2, on_step=lambda done, total, loss: steps.append((done, total))
+    )
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(block.after < block.before for block in report.blocks) and not report.notes
+    assert steps == [(i + 1, 32) for i in range(32)]  # 2 blocks, 8 epochs, 2 batches
+    truth, ids = model(WINDOWS).logits, WINDOWS
+    plain = quantized(model, FlatSpec(), [Matrices(), Matrices()], real=False)
+    flat = quantized(model, FlatSpec(), matrices, real=False)
+    assert (flat(ids).logits - truth).norm() < (plain(ids).logits - truth).norm()
+
+
+@pytest.mark.parametrize("options", [{"factors": "hadamard"}, {"direct": True}, {"diagonal": "one_style"}], ids=str)
+def test_other_starts_learn_too(options: dict[str, Any]) -> None:
+    _, report = calibrate(tiny_models.build(), FlatSpec(separate_clips=True), WINDOWS, Start(**options), SHORT, batch=2)
+    assert all(block.after < block.before for block in report.blocks)
+
+
+def test_a_killed_run_goes_on(tmp_path: Path) -> None:
+    model = tiny_models.build()
+    whole, _ = calibrate(model, FlatSpec(), WINDOWS, None, SHORT, batch=2)
+
+    def interrupt(done: int, total: int, loss: float) -> None:
+        if done == 20:
+            raise KeyboardInterrupt("in the second block")
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model, FlatSpec(), WINDOWS, None, SHORT, batch=2, state=tmp_path, on_step=interrupt)
+    assert [path.name for path in tmp_path.iterdir()] == ["0.safetensors"]
+    seen: list[int] = []
+    resumed, _ = calibrate(
+        model, FlatSpec(), WINDOWS, None, SHORT, batch=2, state=tmp_path, on_step=lambda done, *_: seen.append(done)
+    )
+    assert same(resumed, whole) and min(seen) == 17
+    with pytest.raises(CheckpointError, match="other options"):
+        calibrate(model, FlatSpec(a_bits=8), WINDOWS, None, SHORT, batch=2, state=tmp_path)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient", "parameter"])
+def test_nan_is_stepped_back_from(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    true_loss, true_step, count = flat_train.Job.loss, torch.optim.AdamW.step, [0]
+
+    def loss(self: Any, learned: Any, index: int) -> torch.Tensor:
+        found = true_loss(self, learned, index)
+        if not torch.is_grad_enabled():
+            return found
+        count[0] += 1
+        if count[0] == 3 and where == "loss":
+            return found * float("nan")
+        if count[0] == 3 and where == "gradient":
+            found.register_hook(lambda gradient: gradient * float("nan"))
+        return found
+
+    def step(self: Any, *arguments: Any) -> None:
+        true_step(self, *arguments)
+        if count[0] == 3 and where == "parameter":
+            self.param_groups[0]["params"][0].data.fill_(float("nan"))
+
+    monkeypatch.setattr(flat_train.Job, "loss", loss)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    far = Start(factors="identity", diagonal="one_style")  # where there is much to learn
+    matrices, report = calibrate(tiny_models.build(), FlatSpec(), WINDOWS, far, SHORT, batch=2)
+    (note,) = (note for note in report.notes if "not finite" in note)
+    assert note.startswith("block 0: step 3" if where != "parameter" else "block 0: stepped back after step 3")
+    assert report.blocks[0].after < report.blocks[0].before
+    assert all(torch.isfinite(tensor).all() for each in matrices for tensor in each.to_tensors().values())
+
+
+def test_a_damaged_model_is_refused() -> None:
+    model = tiny_models.build()
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises((CalibrationError, IntegrationError)):
+        calibrate(model, FlatSpec(), WINDOWS, None, SHORT, batch=2)
+
+
+def test_another_kind_of_block_is_refused() -> None:
+    with pytest.raises(IntegrationError, match="Llama"):
+        calibrate(tiny_models.build("Gemma"), FlatSpec(), WINDOWS, None, SHORT, batch=2)
+
+
+def test_error_feedback_lowers_the_error_of_weights() -> None:
+    model = tiny_models.build()
+    spec = FlatSpec(w_bits=3, a_bits=16, k_bits=16, v_bits=16)
+    windows = torch.randint(3, 97, (32, 16), generator=torch.Generator().manual_seed(1))
+    matrices, _ = calibrate(model, spec, windows, None, Schedule(epochs=0), batch=8)
+    truth = model(windows).logits
+    nearest, feedback = (
+        (quantized(model, spec, matrices, windows=each)(windows).logits - truth).norm() for each in (None, windows)
+    )
+    assert feedback < nearest
+
+
+@pytest.mark.parametrize("preset", ["w8a8", "w4a16"])  # with 4-bit activations one rounding the other way changes all
+def test_the_real_model_is_the_simulated_one(preset: str) -> None:
+    model, spec = tiny_models.build("Qwen3"), PRESETS[preset]
+    matrices, _ = calibrate(model, spec, WINDOWS, None, Schedule(epochs=0), batch=2)
+    simulated, real = (quantized(model, spec, matrices, real=each) for each in (False, True))
+    block, other = blocks_of(simulated)[1][0], blocks_of(real)[1][0]
+    x = torch.randn(1, 5, 72)
+    (numbers,) = block.self_attn.input_transform(block.input_layernorm(x))
+    (given,) = other.self_attn.input_transform(other.input_layernorm(x))
+    if isinstance(given, Codes):
+        given = (given.codes * given.scale.unsqueeze(-1)).view_as(x)
+    assert torch.equal(numbers, given)  # norm, transform, clip and rounding: bit for bit
+    truth = simulated(WINDOWS).logits
+    assert float((real(WINDOWS).logits - truth).detach().norm() / truth.norm()) < 0.01
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def saved_flat(folder: Path, spec: FlatSpec, **options: Any) -> Any:
+    model = tiny_models.build("Qwen2", **options)
+    matrices, _ = calibrate(model, spec, WINDOWS, None, Schedule(epochs=0), batch=2)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.half()
+    apply(model, spec, matrices)
+    mark_flat(model, spec)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_checkpoint_loads_as_it_was_saved(preset: str, tmp_path: Path) -> None:
+    spec = PRESETS[preset]
+    model = saved_flat(tmp_path, spec, tie_word_embeddings=preset == "w8a8")
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"] == spec.to_dict()
+    loaded = tiny_models.load(tmp_path)
+    assert tiny_models.equal_states(loaded, model)
+    ids = tiny_models.prompt()
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    again = tiny_models.load(tmp_path, dtype=torch.bfloat16)  # scales and clips stay float32
+    floats = {p.dtype for name, p in again.named_parameters() if "clip" in name or "weight_scale" in name}
+    assert floats <= {torch.float32} and torch.isfinite(again(ids).logits).all()
+
+
+def test_missing_and_wrong_tensors_are_refused(tmp_path: Path) -> None:
+    saved_flat(tmp_path, FlatSpec())
+    file = tmp_path / "model.safetensors"
+    whole = load_file(file)
+    for name, change in {
+        "model.layers.1.self_attn.heads.k_clip": None,
+        "model.layers.0.mlp.down_proj.weight": torch.zeros(3, 3, dtype=torch.uint8),
+        "model.layers.0.mlp.surplus": torch.zeros(3),
+    }.items():
+        damaged = {key: tensor for key, tensor in whole.items() if key != name}
+        save_file(damaged if change is None else damaged | {name: change}, file, {"format": "pt"})
+        with pytest.raises(CheckpointError, match=name):
+            tiny_models.load(tmp_path)
+
+
+def test_the_int4_cache_holds_what_is_simulated(tmp_path: Path) -> None:
+    saved_flat(tmp_path, FlatSpec(key_offset=True))
+    model, ids = tiny_models.load(tmp_path, dtype=torch.float32), tiny_models.prompt()
+    assert torch.equal(model(ids, past_key_values=int4_cache(model, 32)).logits, model(ids, use_cache=False).logits)
+    plain = model.generate(ids, max_new_tokens=8, do_sample=False)
+    cached = model.generate(ids, max_new_tokens=8, do_sample=False, past_key_values=int4_cache(model, 32))
+    assert torch.equal(plain, cached)
+    found = perplexities(model, WINDOWS.flatten().tolist(), seq_len=16)
+    simulated, cache, unrounded = found.values()
+    assert simulated == cache != unrounded
+    for block in blocks_of(model)[1]:
+        block.self_attn.heads.bits = (4, 16)
+    with pytest.raises(IntegrationError, match="int4"):
+        int4_cache(model, 32)
+
+
+def test_matrices_serve_other_bits(tmp_path: Path) -> None:
+    model, learned = tiny_models.build(), FlatSpec()
+    matrices, _ = calibrate(model, learned, WINDOWS, None, SHORT, batch=2)
+    save_matrices(tmp_path / "m.safetensors", matrices, learned)
+    loaded, said = load_matrices(tmp_path / "m.safetensors")
+    assert said == learned and same(loaded, matrices)
+    spec = PRESETS["w4a8kv4"]
+    adapted = [each.adapted(learned, spec) for each in loaded]
+    assert adapted[0].clips.keys() == {"key", "value"} and adapted[0].row_clips.keys() == matrices[0].row_clips.keys()
+    truth = model(WINDOWS).logits
+    four, eight = (quantized(model, s, m)(WINDOWS).logits for s, m in ((learned, matrices), (spec, adapted)))
+    assert (eight - truth).norm() < (four - truth).norm()
+    with pytest.raises(CalibrationError, match="blocks"):
+        quantized(model, spec, adapted[:1])
+
+
+# ---- command lines ---------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_becomes_a_folder(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the list of names that the module holds, and what they are for. " * 40)
+    job = FlatJob(FlatSpec(), schedule=Schedule(epochs=1), samples=2, window=32, batch=2)
+    from flute.integrations.folders import embedded
+
+    report = flatquant_folder(embedded(), tmp_path / "out", job, {"text": text.read_text()})
+    assert len(report.blocks) == 8
+    assert (tmp_path / "out" / "tokenizer.json").exists() and not (tmp_path / "out.partial").exists()
+    model = tiny_models.load(tmp_path / "out")
+    assert sum(isinstance(part, IntLinear) for part in model.modules()) == 8 * 7
+    with pytest.raises(CheckpointError, match="exists"):
+        flatquant_folder(embedded(), tmp_path / "out", job, {"text": "words"})
+
+
+def test_published_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("a function of the module returns the value that it was given. " * 30)
+    flags = """--w_bits 4 --a_bits 4 --k_bits 4 --k_asym --k_groupsize 128 --v_bits 4 --v_asym --v_groupsize 128
+        --cali_bsz 4 --epoch 1 --flat_lr 5e-3 --lwc --lac --cali_trans --add_diag --save_matrix --quantized_save"""
+    ours = f"--nsamples 2 --seqlen 32 --cali_dataset {text} --eval_text {text} --eval_windows 1 --output_dir {tmp_path}"
+    assert flat_published.main(["--model", "tiny", *flags.split(), *ours.split()]) == 0
+    out = tmp_path / "tiny" / "w4a4" / "exp"
+    results = json.loads((out / "results.json").read_text())
+    assert len(results) == 3 and all(value > 1 for value in results.values())
+    spec = FlatSpec.from_dict(json.loads((out / "quantized" / "config.json").read_text())["quantization_config"])
+    assert spec == FlatSpec(separate_clips=True)
+    capsys.readouterr()
+    again = f"--reload_matrix --matrix_path {out} --exp_name again".split()
+    assert flat_published.main(["--model", "tiny", *flags.split(), *ours.split(), *again]) == 0
+    other = json.loads((tmp_path / "tiny" / "w4a4" / "again" / "results.json").read_text())
+    assert other == results
+    assert flat_published.main(["--model", "tiny", "--reload_matrix"]) == 1
+    assert "--matrix_path" in capsys.readouterr().err
+
+
+# ---- what the published program writes -------------------------------------------------------------------------------
+
+SITES = {"attn": "self_attn.ln_trans", "mlp": "mlp.up_gate_trans", "down": "mlp.down_trans"}
+
+
+def published_block(matrices: Matrices, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """A block by their names: matrices, inverse transposes, diagonals, logits of clips."""
+    made: dict[str, torch.Tensor] = {}
+    factors = matrices.factors
+    for site, name in SITES.items():
+        made[f"{name}.diag_scale"] = matrices.scales[site]
+        for side in ("left", "right"):
+            made[f"{name}.matrix_{side}"] = factors[f"{site}_{side}"]
+            made[f"{name}.matrix_{side}_inv"] = torch.linalg.inv(factors[f"{site}_{side}"]).T
+    for theirs, name in (("o_trans", "out_left"), ("vcache_trans", "out_right"), ("kcache_trans", "key")):
+        made[f"self_attn.{theirs}.matrix"] = factors[name]
+        made[f"self_attn.{theirs}.matrix_inv_t"] = torch.linalg.inv(factors[name]).T
+    for letter, name in (("k", "key"), ("v", "value")):
+        for side, ratio in zip(("max", "min"), matrices.clips[name], strict=True):
+            made[f"self_attn.{letter}_cache_quantizer.clip_factor_a_{side}"] = ratio.logit().view(1)
+    counted = dict.fromkeys(MODULE_OF, 0)
+    for name, site in SITE_OF.items():
+        row = matrices.clips[site][counted[site]]
+        counted[site] += 1
+        for index, side in enumerate(("max", "min")):
+            made[f"{name}.act_quantizer.clip_factor_a_{side}"] = row[index].logit().view(1)
+            made[f"{name}.clip_factor_w_{side}"] = matrices.row_clips[name][:, index : index + 1].logit()
+    return {name: tensor.to(dtype) for name, tensor in made.items()}
+
+
+def test_published_matrices_are_read(tmp_path: Path) -> None:
+    model, spec = tiny_models.build(), FlatSpec(separate_clips=True)
+    matrices, _ = calibrate(model, spec, WINDOWS, None, SHORT, batch=2)
+    for each in matrices:
+        del each.scales["value"]  # not theirs
+    path = tmp_path / "flat_matrices.pth"
+    torch.save({index: published_block(each) for index, each in enumerate(matrices)}, path)
+    found, said = load_matrices(path)
+    assert said is None
+    for one, other in zip(found, matrices, strict=True):
+        a, b = one.to_tensors(), other.to_tensors()
+        assert a.keys() == b.keys() and all(torch.allclose(a[key], b[key], atol=1e-6) for key in a)
+    for damage in ([1, 2], {0: {"weight": torch.zeros(2)}}, {1: {}}):
+        torch.save(damage, path)
+        with pytest.raises(CheckpointError, match=r"flat_matrices|transform"):
+            load_matrices(path)
+    path.write_bytes(b"cos\nsystem\n(S'true'\ntR.")  # a pickle that runs a command
+    with pytest.raises(CheckpointError, match="no flat_matrices"):
+        load_matrices(path)
+
+
+def test_published_checkpoints_are_converted(tmp_path: Path) -> None:
+    model, spec = tiny_models.build(), FlatSpec(separate_clips=True)
+    matrices, _ = calibrate(model, spec, WINDOWS, None, Schedule(epochs=0), batch=2)
+    apply(model, spec, matrices)
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if "layers" not in name}
+    for index, (block, each) in enumerate(zip(blocks_of(model)[1], matrices, strict=True)):
+        theirs = published_block(each)
+        for name in SITE_OF:
+            layer = block.get_submodule(name)
+            theirs[f"{name}.linear.weight"] = layer.weight.data
+            tensors[f"quantizer.model.layers.{index}.{name}.linear.scale"] = layer.weight_scale.data.view(-1, 1)
+        theirs |= {name: tensor for name, tensor in block.state_dict().items() if "layernorm" in name}
+        tensors |= {f"model.layers.{index}.{name}": tensor for name, tensor in theirs.items()}
+    folder = tmp_path / "published"
+    folder.mkdir()
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    config = json.loads(model.config.to_json_string()) | {"model_type": "llama_FlatQuant", "auto_map": {"A": "b.C"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "quantization_config.json").write_text(json.dumps({"format": "packed_int4", "w_bits": 4}))
+    assert flat_upstream.is_published(folder)
+    assert flat_upstream.convert(folder, tmp_path / "ours") == 2
+    loaded, ids = tiny_models.load(tmp_path / "ours", dtype=torch.float32), tiny_models.prompt()
+    assert torch.allclose(loaded(ids).logits, model(ids).logits, atol=1e-4)
+    del tensors["model.layers.1.self_attn.o_trans.matrix"]
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="o_trans"):
+        flat_upstream.convert(folder, tmp_path / "other")
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+
+def test_flatness_is_measured_and_drawn(tmp_path: Path) -> None:
+    model = tiny_models.build()
+    model.model.layers[1].input_layernorm.weight.data[5] = 40.0  # an outlier channel
+    matrices, _ = calibrate(model, FlatSpec(), WINDOWS, None, Schedule(epochs=0), batch=2)
+    found = flatness.curves(model, WINDOWS, 1, matrices[1])
+    assert len(found) == 8 and all(set(lines) == {"none", "hadamard", "flatquant"} for lines in found.values())
+    peaks = {method: values[0] for method, values in found["attn: activations"].items()}
+    assert peaks["none"] > 5 > 2 > peaks["flatquant"] and peaks["none"] > peaks["hadamard"]
+    assert flatness.norms(torch.ones(3, 4)) == [1.0] * 4
+    draw(found, tmp_path / "flat.png", "a title")
+    assert (tmp_path / "flat.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(CalibrationError, match="block 2"):
+        flatness.curves(model, WINDOWS, 2)
