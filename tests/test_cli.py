@@ -172,6 +172,18 @@ def test_calibration_that_cannot_serve_is_one_line(
     assert not list(tmp_path.glob("out*"))
 
 
+def test_inspect_a_hub_id(quantized: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def download(name: str, *_: object, **__: object) -> Path:
+        asked.append(name)
+        return quantized
+
+    monkeypatch.setattr(folders, "_download", download)
+    code, out, err = flute("inspect", "someone/quantized", capsys=capsys)
+    assert (code, err, asked) == (0, "", ["someone/quantized"]) and "quantized layers" in out
+
+
 def test_inspect(quantized: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = flute("inspect", quantized, capsys=capsys)
     assert code == 0

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint of flute.", show_default=False)],
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="DIR", help="A checkpoint of flute: a folder or a hub id.", show_default=False)
+    ],
     against: Annotated[
         str | None,
         typer.Option(metavar="MODEL", help="The dense model it was made from: show each layer's SQNR, worst first."),
@@ -32,7 +34,8 @@ def inspect(
     quiet_libraries()
     from ..integrations import folders
 
-    report = folders.validate(folder.expanduser())
+    on_hub = folders.is_hub_id(checkpoint)
+    report = folders.validate(folders.find(checkpoint).folder if on_hub else Path(checkpoint).expanduser())
     found = None if against is None else _distances(report, against)
     if as_json:
         print_json(report.to_dict() if found is None else {**report.to_dict(), **_figures(found)})

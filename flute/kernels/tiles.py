@@ -31,6 +31,7 @@ _SHAPES = ((1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (2, 2), (1, 3), (1, 4))  # (r
 _NEXT_TILE = 4000  # cycles from an expert's tile to the next, chosen by benchmarks/results/grouped_sweep_h100.csv
 _CUT = {(128, 3), (192, 2), (256, 2)}  # (tokens, rows) worth cutting along K
 _FEWEST_CUT = 8  # chunks of K that a tile must have to be cut
+_MOST_X = 24 << 20  # bytes of x: blocks with parts of tiles are at different k, and what the L2 cache drops comes twice
 _CLEARING, _PART = 2910, 25.6  # cycles: of the launch that clears flags, and to hand over and add an accumulator row
 _FLIGHT_BYTES = 48 * 1024  # codes on their way per SM: deeper rings only make the first chunk wait for all the others
 
@@ -147,7 +148,9 @@ def tiling(
     together = dict(gpu.clusters).get(split, 0)
     if together == 0 or split * ways > chunks or (experts and split * per_sm > 1):
         return None
-    if cut and (split * ways * per_sm > 1 or experts or (tokens, rows) not in _CUT or chunks < _FEWEST_CUT):
+    if cut and (split * ways * per_sm > 1 or experts or (tokens, rows) not in _CUT):
+        return None
+    if cut and (chunks < _FEWEST_CUT or 2 * m * k > _MOST_X):
         return None
     box = tokens * 128
     slot = 4 * rows * (chunk_bytes(bits) + 32 * (CHUNK_K // block))
