@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -56,6 +56,21 @@ def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, whole or not at all."""
     with whole_file(path) as file:
         file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def copy_files(source: Path, names: Iterable[str], folder: Path) -> None:
+    """Copy files by name, each whole or not at all.
+
+    Raises:
+        CheckpointError: one cannot be read, or not be written.
+    """
+    for name in names:
+        try:
+            file = open(source / name, "rb")  # noqa: SIM115  (closed by the next statement)
+        except OSError as error:
+            raise CheckpointError(f"{source / name} cannot be read: {error.strerror}") from None
+        with file, whole_file(folder / name) as target:
+            shutil.copyfileobj(file, target)
 
 
 def sync_directory(path: Path) -> None:

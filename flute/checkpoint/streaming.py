@@ -7,18 +7,17 @@ never made again: a run that was killed goes on where it was when it is repeated
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from ..errors import CheckpointError, QuantizeError, SpecError
+from ..errors import QuantizeError, SpecError
 from ..packing import pack_codes
 from ..quantize import quantize
 from ..spec import CUSTOM_TABLE
 from ..tables import resolve_table
-from .atomic import Workplace, check_space, whole_file, write_json
+from .atomic import Workplace, check_space, copy_files, write_json
 from .files import CONFIG
 from .plan import Layer, Plan
 from .shards import INDEX, ShardWriter, index_json, open_shard, read_header, write_shard
@@ -108,13 +107,7 @@ def _write_layer(
 
 def write_small_files(plan: Plan, folder: Path) -> None:
     """Everything but the safetensors: tokenizer and the like, the index, config.json."""
-    for name in plan.small_files:
-        try:
-            source = open(plan.source / name, "rb")  # noqa: SIM115  (closed by the next statement)
-        except OSError as error:
-            raise CheckpointError(f"{plan.source / name} cannot be read: {error.strerror}") from None
-        with source, whole_file(folder / name) as target:
-            shutil.copyfileobj(source, target)
+    copy_files(plan.source, plan.small_files, folder)
     if plan.has_index():
         write_json(folder / INDEX, index_json(plan.tensors))
     write_json(folder / CONFIG, plan.config)

@@ -6,7 +6,6 @@ The new folder appears whole or not at all; blocks that are done lie beside it m
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from ..checkpoint.atomic import Workplace, whole_file
+from ..checkpoint.atomic import Workplace, copy_files, whole_file
+from ..checkpoint.plan import small_files
 from ..checkpoint.shards import open_shard
 from ..errors import CheckpointError, FluteError
 from ..flatquant.matrices import Matrices
@@ -26,9 +26,6 @@ from .calibration import token_windows
 from .flat_start import Start
 from .flat_train import OnStep, Schedule
 from .flatquant import FlatReport, apply, calibrate
-
-_SMALL = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
-_WRITTEN = ("config.json", "generation_config.json", "model.safetensors.index.json")
 
 
 @dataclass(frozen=True)
@@ -115,7 +112,7 @@ def flatquant_folder(
             apply(model, job.spec, made, windows=windows if job.gptq else None, batch=job.batch, device=device)
             mark_flat(model, job.spec)
             model.save_pretrained(work.folder)
-            _copy_small_files(source, work.folder)
+            copy_files(source, small_files(source), work.folder)
         except OSError as error:
             raise CheckpointError(f"{work.folder} cannot be written: {error.strerror or error}; make room") from error
         except FluteError:
@@ -129,14 +126,6 @@ def _cast(model: Any, dtype: torch.dtype) -> None:
     """Parameters only: rotary frequencies, which are buffers, would be wrong positions in 16 bits."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
-
-
-def _copy_small_files(source: Path, target: Path) -> None:
-    """Tokenizer, licence and the like."""
-    for path in sorted({path for pattern in _SMALL for path in source.glob(pattern)}):
-        if path.name not in _WRITTEN and path.is_file():
-            with open(path, "rb") as file, whole_file(target / path.name) as copy:
-                shutil.copyfileobj(file, copy)
 
 
 def save_matrices(path: Path, matrices: list[Matrices], spec: FlatSpec) -> None:

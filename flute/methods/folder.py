@@ -6,7 +6,6 @@ whole or not at all. (Rounding to nearest needs no calibration and no such memor
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.atomic import Workplace, check_space, whole_file
+from ..checkpoint.atomic import Workplace, check_space, copy_files
 from ..checkpoint.plan import Plan
 from ..config import ModelSpec
 from ..errors import CheckpointError, FluteError
@@ -123,9 +122,7 @@ def quantize_folder(
                     f"the text holds {len(windows)} windows of {window} tokens, {samples} were asked for"
                 )
             model.save_pretrained(work.folder)
-            for name in plan.small_files:
-                with open(plan.source / name, "rb") as file, whole_file(work.folder / name) as target:
-                    shutil.copyfileobj(file, target)
+            copy_files(plan.source, plan.small_files, work.folder)
         except OSError as error:
             raise CheckpointError(f"{work.folder} cannot be written: {error.strerror or error}; make room") from error
         except FluteError:
