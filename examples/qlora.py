@@ -16,7 +16,7 @@ from pathlib import Path
 
 import peft
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from flute import FluteConfig
 from flute.integrations.folders import embedded
@@ -38,11 +38,9 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     keywords = {"dtype": torch.bfloat16 if options.device == "cuda" else torch.float32}
-    model = AutoModelForCausalLM.from_pretrained(options.model, device_map={"": options.device}, **keywords)
-    if not getattr(model, "is_quantized", False):
-        del model
+    if getattr(AutoConfig.from_pretrained(options.model), "quantization_config", None) is None:
         keywords["quantization_config"] = FluteConfig(bits=4, group_size=64)
-        model = AutoModelForCausalLM.from_pretrained(options.model, device_map={"": options.device}, **keywords)
+    model = AutoModelForCausalLM.from_pretrained(options.model, device_map={"": options.device}, **keywords)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = peft.get_peft_model(
         model, peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")

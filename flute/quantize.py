@@ -244,6 +244,5 @@ def dequantize(
     if spec.vector_size == 2:
         decoded = decoded.flatten(-2)
     width = decoded.shape[1]
-    spread = scales.to(torch.float32).repeat_interleave(spec.group(width), dim=1)[:, :width]
-    whole = decoded * spread
+    whole = decoded * spread(scales, spec.group(width), width)
     return (transform(whole, spec.hadamard_size) if spec.hadamard_size else whole).to(dtype)

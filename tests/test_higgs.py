@@ -266,7 +266,7 @@ def test_error_feedback_in_rotated_channels() -> None:
     generator = torch.Generator().manual_seed(0)
     weight, x = torch.randn(24, 96, generator=generator), torch.randn(300, 96, generator=generator)
     x = (x @ torch.randn(96, 96, generator=generator) * 0.5 ** torch.arange(96).div(48)).double()
-    known, spec = Moments(x.T @ x, None, 300), higgs_spec(2, 32, hadamard_size=96)
+    known, spec = Moments(x.T @ x, None), higgs_spec(2, 32, hadamard_size=96)
     found = {}
     for method in ("higgs", "gptq"):
         made = solve(weight, known, spec, RECIPES[method], scale_dtype=torch.float32)

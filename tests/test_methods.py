@@ -42,7 +42,7 @@ def inputs(tokens: int = 600, width: int = 144) -> torch.Tensor:
 
 
 def known(x: torch.Tensor) -> Moments:
-    return Moments((x.T @ x).double(), None, len(x))
+    return Moments((x.T @ x).double(), None)
 
 
 def solved(w: torch.Tensor, x: Moments, spec: QuantSpec, method: str, table: Any = None) -> Any:

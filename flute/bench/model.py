@@ -15,7 +15,6 @@ Without a GPU the same steps run one by one and are timed by the clock; that is 
 
 from __future__ import annotations
 
-import copy
 import gc
 import importlib.util
 import re
@@ -139,7 +138,7 @@ def build(plan: Plan, method: str) -> Any:
     """The model of ``plan`` with random weights, on its device, ready for inference."""
     from transformers import AutoModelForCausalLM
 
-    config = copy.deepcopy(load_config(plan.config))
+    config = load_config(plan.config)
     torch.manual_seed(0)
     with torch.device(plan.device):
         model = AutoModelForCausalLM.from_config(config, dtype=plan.dtype)

@@ -26,7 +26,6 @@ import torch
 
 from .. import __version__
 from ..checkpoint.plan import Plan, make_plan
-from ..checkpoint.shards import read_headers
 from ..config import ModelSpec
 from ..errors import FluteError
 from ..evaluate.divergence import divergence
@@ -141,7 +140,7 @@ class Bench:
         return folders.load(folders.Found(folder), device=self._of.device, dtype=dtype)
 
     def _blank(self, candidate: Candidate) -> QualityRow:
-        nbytes = sum(entry.nbytes for entry in read_headers(self._of.source).values())
+        nbytes = sum(entry.nbytes for entry in self._plan.headers.values())
         (first, second), (tokens, more) = (
             [*values, empty][:2] for values, empty in ((self._of.texts, ""), (self._predicted, 0))
         )

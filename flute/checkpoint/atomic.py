@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, FluteError
 from .files import read_json
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -171,6 +171,22 @@ class Workplace:
         """Remove everything: the job can never end well."""
         self._release()
         shutil.rmtree(self.root, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def filled(self) -> Iterator[None]:
+        """Inside, `folder` is filled; behind it comes `finish`. Any of our own errors discards what is there.
+
+        Raises:
+            CheckpointError: the system refuses to write (an OSError); what is there stays, for the same job to go on.
+        """
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(f"{self.folder} cannot be written: {error.strerror or error}; make room") from error
+        except FluteError:
+            self.discard()  # data and weights will be no better next time
+            raise
+        self.finish()
 
     def finish(self) -> None:
         """Give the folder its name, on the disk, and tidy up.

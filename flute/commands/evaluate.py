@@ -25,8 +25,6 @@ from .common import (
 )
 
 if TYPE_CHECKING:
-    import torch
-
     from ..evaluate.perplexity import Perplexity
     from ..evaluate.tasks import TaskScores
 
@@ -81,7 +79,7 @@ def evaluate(
     loaded, tokenizer = folders.load(folders.find(model), device=device, dtype=chosen)
     figures: dict[str, Any] = {"device": device, "dtype": str(loaded.dtype).removeprefix("torch.")}
     if words is not None:
-        dense = None if against is None else _dense(against, device, chosen)
+        dense = None if against is None else folders.load(folders.find(against), device=device, dtype=chosen)[0]
         figures |= _on_text(loaded, tokenizer, words, dense, seq_len, windows, quiet=quiet, as_json=as_json)
     if names:
         scores = runs.run_tasks(loaded, tokenizer, names, task_dir=task_dir, limit=limit, batch_size=batch_size,
@@ -93,12 +91,6 @@ def evaluate(
         write_json(output, figures)
     if as_json:
         print_json(figures)
-
-
-def _dense(against: str, device: str, dtype: torch.dtype | None) -> Any:
-    from ..integrations import folders
-
-    return folders.load(folders.find(against), device=device, dtype=dtype)[0]
 
 
 def _on_text(

@@ -46,7 +46,6 @@ ObjectiveOption = Annotated[
     str, typer.Option(help="For nfl: kl (to the dense model), nll (of the text), or block after block.")
 ]
 
-DATA_FREE = ("rtn", "higgs")
 _LEARNING = ("epochs", "lr", "objective", "learn_table")
 _CALIBRATING = ("samples", "window")
 
@@ -64,11 +63,12 @@ def check_method(method: str, calibration: list[Path], scale: str) -> None:
         raise FluteError(f"--method {method} is unknown; use {', '.join(RECIPES)}")
     if scale not in SCALE_METHODS:
         raise FluteError(f"--scale {scale} is unknown; use {' or '.join(SCALE_METHODS)}")
-    if method not in DATA_FREE and not calibration:
+    calibrated = RECIPES[method].calibrated
+    if calibrated and not calibration:
         raise FluteError(f"--method {method} needs a text: --calibration FILE")
-    if method not in DATA_FREE and scale != "auto":
+    if calibrated and scale != "auto":
         raise FluteError(f"--scale {scale} is for --method rtn; {method} searches its scales by itself")
-    if method in DATA_FREE and calibration:
+    if calibration and not calibrated:
         raise FluteError(f"--calibration is not used by --method {method}; leave it out, or choose another method")
 
 
@@ -81,7 +81,7 @@ def check_used(method: str, average: float | None, context: typer.Context) -> No
     from ..methods.recipes import RECIPES
 
     unused = {} if RECIPES[method].learns_scales else dict.fromkeys(_LEARNING, "--method nfl")
-    if method in DATA_FREE:
+    if not RECIPES[method].calibrated:
         unused |= dict.fromkeys(_CALIBRATING, "methods that are calibrated")
         unused |= {} if average else {"seed": "methods that are calibrated, or an average of bits"}
     for name, owner in unused.items():

@@ -31,7 +31,6 @@ from .common import (
     read_text,
 )
 from .method_options import (
-    DATA_FREE,
     BitsOption,
     CalibrationOption,
     HadamardOption,
@@ -113,7 +112,7 @@ def quantize(
     drawn: dict[str, Any] = {"samples": samples, "window": window, "seed": seed}
     read = {"texts": texts, "scale": scale, "device": device, **drawn}
     share = None if average is None else partial(allocate_folder, bits=average, **read)
-    if method in DATA_FREE:
+    if not RECIPES[method].calibrated:
         figures = _run(model, output, record, {**options, "scale": scale}, None, share, quiet=quiet)
         figures["method"] = method
     else:

@@ -25,7 +25,6 @@ import torch
 from ..checkpoint.architecture import Architecture
 from ..checkpoint.files import inside
 from ..checkpoint.shards import DTYPES, TensorInfo, open_shard, read_headers
-from ..checkpoint.validate import read_record
 from ..errors import CheckpointError
 from ..integrations import folders
 from ..packing import unpack_codes
@@ -85,8 +84,7 @@ def distances(
     report = folders.validate(folder)
     if folders.is_quantized(dense):
         raise CheckpointError(f"{dense} is quantized itself; give the dense model that {folder} was made from")
-    record = read_record(folder)
-    ours, theirs = (folders.architecture(place, record) for place in (folder, dense))
+    ours, theirs = (folders.architecture(place, report.record) for place in (folder, dense))
     found: dict[str, float] = {}
     left: dict[str, str] = {}
     with ExitStack() as stack:

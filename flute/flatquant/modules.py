@@ -38,6 +38,11 @@ def fixed(*shape: int, device: torch.device | str | None = None, dtype: torch.dt
     return nn.Parameter(torch.ones(*shape, device=device, dtype=dtype), requires_grad=False)
 
 
+def _identity(size: int, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Parameter | None:
+    """A factor (size, size) that does nothing yet; size 0: none."""
+    return nn.Parameter(torch.eye(size, device=device, dtype=dtype), requires_grad=False) if size else None
+
+
 class DeferredNorm(nn.Module):
     """The place of an RMSNorm whose arithmetic the site behind it does, in the same launch: x -> x.
 
@@ -87,10 +92,7 @@ class Site(nn.Module):
         self.bits, self.symmetric, self.real = bits, symmetric, real
         self._norm: tuple[DeferredNorm, ...] = ()  # a tuple: it is a child of the block, not of this module
         for name, size in (("left", rows), ("right", columns)):
-            made = fixed(size, size, device=device, dtype=dtype) if size else None
-            self.register_parameter(name, made)
-            if made is not None and not made.is_meta:
-                nn.init.eye_(made)
+            self.register_parameter(name, _identity(size, device, dtype))
         self.register_parameter("clip", fixed(clips, 2, device=device, dtype=torch.float32) if bits < 16 else None)
 
     def after(self, norm: DeferredNorm) -> None:
@@ -159,10 +161,7 @@ class Heads(nn.Module):
         super().__init__()
         self.bits, self.symmetric = bits, symmetric
         for name in ("key", "query"):
-            made = fixed(size, size, device=device, dtype=dtype) if size else None
-            self.register_parameter(name, made)
-            if made is not None and not made.is_meta:
-                nn.init.eye_(made)
+            self.register_parameter(name, _identity(size, device, dtype))
         for name, width in (("k_clip", bits[0]), ("v_clip", bits[1])):
             made = fixed(2, device=device, dtype=torch.float32) if width < 16 else None
             self.register_parameter(name, made)

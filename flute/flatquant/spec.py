@@ -69,11 +69,6 @@ class FlatSpec:
             return self.a_bits
         return self.down_bits
 
-    @property
-    def weight_only(self) -> bool:
-        """Whether activations stay as they are."""
-        return self.a_bits == _DENSE
-
     def check_storable(self) -> None:
         """Raise SpecError if there are no layers that run this."""
         if self.w_asym:

@@ -20,7 +20,7 @@ from torch import nn
 
 from .. import __version__
 from ..errors import FluteError, IntegrationError
-from ..learned import LearnedLinear
+from ..learned import LearnedLinear, choose_codes
 from ..linear import LutLinear
 from ..quantize import Quantized, dequantize, quantize
 from ..spec import QuantSpec
@@ -154,10 +154,8 @@ def _with_scales(name: str, weight: torch.Tensor, spec: QuantSpec, scales: torch
             f"({rows}, {spec.num_groups(width)})"
         )
     stored = scales.detach().reshape(rows, -1).to(device=weight.device, dtype=weight.dtype)
-    spread = stored.float().repeat_interleave(spec.group(width), dim=1)[:, :width]
     table = named_table(spec.table).to(device=weight.device, dtype=weight.dtype).float()
-    unit = weight.float() / torch.where(spread == 0, torch.ones_like(spread), spread)
-    return Quantized(torch.bucketize(unit, (table[1:] + table[:-1]) / 2).to(torch.uint8), stored)
+    return Quantized(choose_codes(weight, stored, table, spec.group(width)), stored)
 
 
 def quantize_hf_model(

@@ -39,11 +39,6 @@ def _kernel(device: int, file: str, name: str, *what: Any) -> Any:
     return cuda._kernel(device, file, macros(*what), name)
 
 
-@cache
-def _sms(device: int) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
 def _rows_aligned(x: torch.Tensor) -> torch.Tensor:
     """x with neighbours in the last dimension, every row at an even place; copied if it must be."""
     good = x.stride(-1) == 1 and not any(stride % 2 for stride in x.stride()[:-1]) and not x.data_ptr() & 3
@@ -112,7 +107,7 @@ def attention(
         return out
     group, pages = many // heads, 1 if table is None else table.shape[1]
     row_blocks = ceil(group * tokens / _ROWS)
-    splits = parts(batch * heads, row_blocks, slots * pages, _sms(device))
+    splits = parts(batch * heads, row_blocks, slots * pages, cuda.gpu(device).sms)
     what = (query.dtype == torch.bfloat16, dim, value_dim, key_zero is None, value_zero is None)
     overlap = cuda.gpu(device).has_clusters
     shared = _WARPS * _ROWS * (value_dim + 2) * 4

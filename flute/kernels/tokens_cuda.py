@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from ctypes import c_float
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -99,11 +99,6 @@ def _kernel(device: int, found: Problem, bits: int, symmetric: bool, many: bool)
     return kernel, found.shared_bytes(room)
 
 
-@cache
-def _sms(device: int) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
 def _transform(
     found: Problem,
     x: torch.Tensor,
@@ -118,14 +113,13 @@ def _transform(
     angles: tuple[torch.Tensor, ...] = (),
 ) -> None:
     device, m = x.get_device(), x.numel() // (found.n1 * found.n2)
-    kernel, shared = _kernel(device, found, bits, symmetric, m > 2 * _sms(device))
+    gpu = cuda.gpu(device)
+    kernel, shared = _kernel(device, found, bits, symmetric, m > 2 * gpu.sms)
     x = cuda._aligned(x)
     # copies that must be made live until the launch
     factors = [None if one is None else cuda._aligned(one) for one in (left, right)]
     weight = None if norm_weight is None else norm_weight.to(x.dtype).contiguous()
-    blocks = min(m, _BLOCKS_PER_SM * _sms(device))
-    overlap = cuda.gpu(device).has_clusters
-    config = cuda._config((blocks, 1), 32 * found.warps, shared, 1, overlap)
+    config = cuda._config((min(m, _BLOCKS_PER_SM * gpu.sms), 1), 32 * found.warps, shared, 1, gpu.has_clusters)
     angles = tuple(cuda._aligned(one) for one in angles)
     pointers = [cuda._pointer(one) for one in (*factors, weight, clip, *(angles or (None, None)))]
     cuda._launch(device, config, kernel, x.data_ptr(), *pointers, *(one.data_ptr() for one in outputs), m, c_float(eps))

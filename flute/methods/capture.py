@@ -261,18 +261,17 @@ class Moments(NamedTuple):
     """Sums over calibration tokens for one common input.
 
     ``hessian``: X^^T X^ (K, K) float64, X^ the quantized model's inputs. ``drift``: (X - X^)^T X^ float64, X the dense
-    model's, or None. ``tokens``: how many.
+    model's, or None.
     """
 
     hessian: torch.Tensor
     drift: torch.Tensor | None
-    tokens: int
 
     def rotated(self, block: int) -> Moments:
         """The same of inputs rotated in blocks: H M H."""
-        hessian, drift = (None if each is None else transform(transform(each, block).T, block).T for each in self[:2])
+        hessian, drift = (None if each is None else transform(transform(each, block).T, block).T for each in self)
         assert hessian is not None
-        return Moments(hessian, drift, self.tokens)
+        return Moments(hessian, drift)
 
 
 def _keeper(seen: dict[str, torch.Tensor], name: str, device: torch.device) -> Callable[..., None]:
@@ -330,7 +329,6 @@ def moments(
     device = next(block.parameters()).device
     hessian: torch.Tensor | None = None
     drift: torch.Tensor | None = None
-    tokens = 0
     for index, part in enumerate(hidden):
         x = input_of(block, name, part.to(device), call)
         if x is None:
@@ -341,9 +339,8 @@ def moments(
             )
         square = (x.T @ x).double()
         hessian = square if hessian is None else hessian + square
-        tokens += len(x)
         true = truth.of(name, index) if truth is not None else None
         if true is not None and true.shape == x.shape:
             difference = ((true - x).T @ x).double()
             drift = difference if drift is None else drift + difference
-    return None if hessian is None else Moments(hessian, drift, tokens)
+    return None if hessian is None else Moments(hessian, drift)

@@ -17,7 +17,7 @@ from safetensors.torch import save
 from ..checkpoint.atomic import Workplace, copy_files, whole_file
 from ..checkpoint.plan import small_files
 from ..checkpoint.shards import open_shard
-from ..errors import CheckpointError, FluteError
+from ..errors import CheckpointError
 from ..flatquant.matrices import Matrices
 from ..flatquant.spec import FlatSpec
 from ..integrations import folders
@@ -94,31 +94,22 @@ def flatquant_folder(
     """
     job.spec.check_storable()
     facts = json.loads(json.dumps({"source": str(source), "job": asdict(job), "flute": version}, default=str))
-    with Workplace(Path(out).expanduser().absolute(), facts, force=force) as work:
-        try:
-            model, tokenizer = folders.load(folders.Found(source), dtype=None)
-            stored = model.dtype if model.dtype in (torch.float16, torch.bfloat16) else torch.float16
-            if device == "cpu":
-                _cast(model, torch.float32)  # arithmetic in 16 bits is slow there
-            windows = (
-                token_windows(tokenizer, texts, samples=job.samples, length=job.window, seed=job.seed)
-                if texts
-                else None
-            )
-            made, report = learn(model, windows, job, device=device, state=work.root / "blocks", on_step=on_step)
-            if save_to is not None:
-                save_matrices(save_to, made, job.spec)
-            _cast(model, stored)
-            apply(model, job.spec, made, windows=windows if job.gptq else None, batch=job.batch, device=device)
-            mark_flat(model, job.spec)
-            model.save_pretrained(work.folder)
-            copy_files(source, small_files(source), work.folder)
-        except OSError as error:
-            raise CheckpointError(f"{work.folder} cannot be written: {error.strerror or error}; make room") from error
-        except FluteError:
-            work.discard()  # data and weights will be no better next time
-            raise
-        work.finish()
+    with Workplace(Path(out).expanduser().absolute(), facts, force=force) as work, work.filled():
+        model, tokenizer = folders.load(folders.Found(source), dtype=None)
+        stored = model.dtype if model.dtype in (torch.float16, torch.bfloat16) else torch.float16
+        if device == "cpu":
+            _cast(model, torch.float32)  # arithmetic in 16 bits is slow there
+        windows = (
+            token_windows(tokenizer, texts, samples=job.samples, length=job.window, seed=job.seed) if texts else None
+        )
+        made, report = learn(model, windows, job, device=device, state=work.root / "blocks", on_step=on_step)
+        if save_to is not None:
+            save_matrices(save_to, made, job.spec)
+        _cast(model, stored)
+        apply(model, job.spec, made, windows=windows if job.gptq else None, batch=job.batch, device=device)
+        mark_flat(model, job.spec)
+        model.save_pretrained(work.folder)
+        copy_files(source, small_files(source), work.folder)
     return report
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..errors import CalibrationError
+from ..flatquant.factors import Pair
 from ..flatquant.fold import FACTORS_OF, SITE_OF, Tensors
 from ..flatquant.initial import hadamard
 from ..flatquant.matrices import Matrices
@@ -61,7 +62,7 @@ def curves(model: Any, windows: torch.Tensor, index: int, matrices: Matrices | N
         found[f"{site}: weights"]["hadamard"] = norms(transform(w, turns[0], turns[1], None, 0.0))
         if matrices is not None:
             left, right = (matrices.factors.get(name) for name in names)
-            inverses = [None if p is None else torch.linalg.inv(p.double()).mT.float() for p in (left, right)]
+            inverses = [None if p is None else Pair.of(p).inverse for p in (left, right)]
             c = scales.get(site, x.new_ones(x.shape[-1]))
             found[f"{site}: activations"]["flatquant"] = norms(transform(x * c, left, right, None, 0.0))
             found[f"{site}: weights"]["flatquant"] = norms(transform(w / c, inverses[0], inverses[1], None, 0.0))

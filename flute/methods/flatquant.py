@@ -11,6 +11,7 @@ import copy
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from .flat_clips import search_clips
 from .flat_gptq import round_block
 from .flat_start import Start, begin, unrounded, watch
 from .flat_train import Job, OnStep, Schedule, Trained, train
+from .learn import within
 
 _IGNORED_STEP: OnStep = lambda done, total, loss: None  # noqa: E731
 
@@ -90,8 +92,7 @@ def calibrate(
         truth = [run_block(block, part.to(where), call).to(home) for part in hidden]
         kept = _load(state, index, job)
         if kept is None:
-            steps = schedule.epochs * len(hidden)
-            done = _shifted(on_step, index, steps, len(stack.blocks))
+            done = partial(within, on_step, index, len(stack.blocks))
             kept = _block(f"{prefix}.{index}", block, spec, start, schedule, call, hidden, truth, done)
             _save(state, index, job, *kept)
         found.append(kept[0].to("cpu"))
@@ -139,10 +140,6 @@ def _block(
     job = Job(block, dense, call, hidden, truth, amp=schedule.amp)
     trained = train(job, learned, schedule, on_step)
     return learned.matrices(), trained
-
-
-def _shifted(on_step: OnStep, index: int, steps: int, blocks: int) -> OnStep:
-    return lambda done, total, loss: on_step(index * steps + done, blocks * steps, loss)
 
 
 def _digest(model: Any) -> str:
@@ -222,11 +219,12 @@ def apply(
         dtype, home = model.dtype, next(block.parameters()).device
         block.to(where)
         dense, shape = dict(block.named_parameters()), shape_of(block)
-        has_transforms = bool(matrices[index].factors)
-        kept, weights = matrices[index].to(where).folded(dense, spec, shape, dtype)
+        own = matrices[index].to(where)
+        has_transforms = bool(own.factors)
+        kept, weights = own.folded(dense, spec, shape, dtype)
         scale_types = {name: torch.float32 if spec.activation_bits(name) < 16 else dtype for name in SITE_OF}
         grids = {
-            name: matrices[index].to(where).weight_grid(weight, name, spec, scale_types[name])
+            name: own.weight_grid(weight, name, spec, scale_types[name])
             for name, weight in weights.items()
             if spec.weight_bits(name) < 16
         }

@@ -16,7 +16,6 @@ import torch
 from ..checkpoint.atomic import Workplace, check_space, copy_files
 from ..checkpoint.plan import Plan
 from ..config import ModelSpec
-from ..errors import CheckpointError, FluteError
 from ..integrations import folders
 from .allocation import Allocation, allocate
 from .calibration import check_windows, token_windows
@@ -97,36 +96,25 @@ def quantize_folder(
     options: dict[str, Any] = {"method": method, "samples": samples, "window": window, "seed": seed, "flute": version}
     if learning is not None:
         options["learning"] = asdict(learning)
-    with Workplace(Path(out).expanduser().absolute(), plan.fingerprint(**options), force=force) as work:
-        try:
-            check_space(work.root, plan.nbytes)
-            model, tokenizer = folders.load(
-                folders.Found(plan.source), dtype=torch.float32 if device == "cpu" else None
-            )
-            windows = token_windows(tokenizer, texts, samples=samples, length=window, seed=seed)
-            report = quantize_model(
-                model,
-                record,
-                windows,
-                method=method,
-                table=table,
-                dtype=plan.scale_dtype,
-                device=device,
-                progress=progress,
-                learning=learning,
-                state=work.root / "learning",
-                on_step=on_step,
-            )
-            if len(windows) < samples:
-                report.notes.append(
-                    f"the text holds {len(windows)} windows of {window} tokens, {samples} were asked for"
-                )
-            model.save_pretrained(work.folder)
-            copy_files(plan.source, plan.small_files, work.folder)
-        except OSError as error:
-            raise CheckpointError(f"{work.folder} cannot be written: {error.strerror or error}; make room") from error
-        except FluteError:
-            work.discard()  # data and weights will be no better next time
-            raise
-        work.finish()
+    with Workplace(Path(out).expanduser().absolute(), plan.fingerprint(**options), force=force) as work, work.filled():
+        check_space(work.root, plan.nbytes)
+        model, tokenizer = folders.load(folders.Found(plan.source), dtype=torch.float32 if device == "cpu" else None)
+        windows = token_windows(tokenizer, texts, samples=samples, length=window, seed=seed)
+        report = quantize_model(
+            model,
+            record,
+            windows,
+            method=method,
+            table=table,
+            dtype=plan.scale_dtype,
+            device=device,
+            progress=progress,
+            learning=learning,
+            state=work.root / "learning",
+            on_step=on_step,
+        )
+        if len(windows) < samples:
+            report.notes.append(f"the text holds {len(windows)} windows of {window} tokens, {samples} were asked for")
+        model.save_pretrained(work.folder)
+        copy_files(plan.source, plan.small_files, work.folder)
     return report

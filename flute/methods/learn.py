@@ -222,9 +222,7 @@ def _by_block(
             truth = [run_block(block, part, call) for part in truth]
         place = None if state is None else State(state / f"{index}.safetensors", job | {"block": index})
         loss = partial(_distance, block, call, hidden, truth)
-        made = learn(
-            learned_layers(block), len(hidden), loss, learning, place, partial(_within, on_step, index, blocks)
-        )
+        made = learn(learned_layers(block), len(hidden), loss, learning, place, partial(within, on_step, index, blocks))
         total.before, total.after = total.before + made.before, total.after + made.after
         total.steps, total.best_step = total.steps + made.steps, total.best_step + made.best_step
         total.notes += [f"{prefix}.{index}: {note}" for note in made.notes]
@@ -245,7 +243,8 @@ def _distance(
     return difference.square().mean() / truth[index].square().mean().clamp_min(1e-30)
 
 
-def _within(on_step: OnStep, index: int, blocks: int, done: int, steps: int, loss: float) -> None:
+def within(on_step: OnStep, index: int, blocks: int, done: int, steps: int, loss: float) -> None:
+    """Tell ``on_step`` of a step of block ``index``, one of ``blocks`` that take ``steps`` each."""
     on_step(index * steps + done, blocks * steps, loss)
 
 

@@ -131,10 +131,9 @@ def solve(
     if learned:
         own, scales = learn_table(target, spec, importance, scale_dtype=scale_dtype, name=name)
     else:
-        own = resolve_table(spec, table if spec.table == CUSTOM_TABLE else None).to(weight.device)
+        own = resolve_table(spec, table).to(weight.device)
         begun = quantize(
-            target, spec, table=table if spec.table == CUSTOM_TABLE else None, scale=recipe.scale,
-            scale_dtype=scale_dtype, importance=importance, name=name,
+            target, spec, table=table, scale=recipe.scale, scale_dtype=scale_dtype, importance=importance, name=name,
         )  # fmt: skip
         scales = begun.scales
     values = as_pairs(own.to(scale_dtype).float())

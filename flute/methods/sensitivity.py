@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from ..errors import CalibrationError
+from ..evaluate.perplexity import context_length
 
 OWN_SAMPLES, OWN_LENGTH = 8, 64
 
@@ -35,8 +36,7 @@ def own_text(model: Any, *, samples: int = OWN_SAMPLES, length: int = OWN_LENGTH
         model: a causal model of transformers.
         samples, length: how many, and how long; a shorter context shortens them.
     """
-    config = model.config.get_text_config()
-    length = min(length, getattr(config, "max_position_embeddings", None) or length)
+    config, length = model.config.get_text_config(), context_length(model, length)
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)

@@ -22,7 +22,7 @@ from ...checkpoint.plan import Plan, made_config, small_files
 from ...checkpoint.shards import info, read_header, write_shard
 from ...checkpoint.streaming import write_small_files
 from ...config import ModelSpec
-from ...errors import CheckpointError, FluteError
+from ...errors import CheckpointError
 from ...packing import pack_codes
 from ...spec import CUSTOM_TABLE, QuantSpec
 from .. import folders, modules
@@ -114,18 +114,13 @@ def convert(
         raise Refused(source.origin, layers, refused)
     plan = _plan(source, model, config, layers)
     job = plan.fingerprint(kind=source.kind, dense_fallback=dense_fallback, flute=version)
-    with Workplace(out, job, force=force) as work:
-        try:
-            check_space(work.root, plan.nbytes)
-            by_name = {layer.disk: layer for layer in layers}
-            for file in plan.files:
-                _write(source, plan, work.folder / file, by_name, progress)
-            write_small_files(plan, work.folder)
-            folders.validate(work.folder)
-        except FluteError:
-            work.discard()
-            raise
-        work.finish()
+    with Workplace(out, job, force=force) as work, work.filled():
+        check_space(work.root, plan.nbytes)
+        by_name = {layer.disk: layer for layer in layers}
+        for file in plan.files:
+            _write(source, plan, work.folder / file, by_name, progress)
+        write_small_files(plan, work.folder)
+        folders.validate(work.folder)
     return Conversion(layers, plan.scale_dtype)
 
 
@@ -133,8 +128,7 @@ def _check_names(source: Source, model: Architecture) -> None:
     """Refuse what is missing or belongs to another model before any weight is read."""
     there = {f"{layer}.weight" for layer in source.layers} | source.others
     targets = {model.rename(name)[0] for name in there}
-    parts = {target for name in there for target, part in [model.rename(name)] if part}
-    problems = [f"{name} is missing" for name in model.tensors if not {name, model.tied.get(name)} & (targets | parts)]
+    problems = [f"{name} is missing" for name in model.tensors if not {name, model.tied.get(name)} & targets]
     problems += [
         f"{name} is not part of this model"
         for name in sorted(source.others)

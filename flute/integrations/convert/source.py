@@ -36,7 +36,7 @@ class Source(NamedTuple):
 
     ``origin`` is what the user knows it by. ``folder`` holds config.json, small files and the tensors of ``headers``.
     ``kind`` for the report. ``layers``: the quantized layers by their names on disk, with the file each is in.
-    ``others``: names of the tensors that belong to no layer. ``read``: a layer; ``tensor``: one of the others.
+    ``others``: names of the tensors that belong to no layer. ``read``: a layer.
     """
 
     origin: Path
@@ -46,7 +46,10 @@ class Source(NamedTuple):
     layers: Mapping[str, str]
     others: frozenset[str]
     read: Callable[[str], Stored]
-    tensor: Callable[[str], torch.Tensor]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One of the tensors in ``headers``."""
+        return _tensors(self.folder, self.headers, [name])[name]
 
 
 @contextmanager
@@ -110,9 +113,6 @@ def _folder_source(folder: Path, headers: Mapping[str, TensorInfo], form: Format
     layers = {name.removesuffix(mark): entry.file for name, entry in headers.items() if name.endswith(mark)}
     others = headers.keys() - {layer + part for layer in layers for part in form.parts}
 
-    def tensor(name: str) -> torch.Tensor:
-        return _tensors(folder, headers, [name])[name]
-
     def read(layer: str) -> Stored:
         names = [layer + part for part in form.parts if layer + part in headers]
         parts = {name.removeprefix(layer): value for name, value in _tensors(folder, headers, names).items()}
@@ -124,7 +124,7 @@ def _folder_source(folder: Path, headers: Mapping[str, TensorInfo], form: Format
             line = " ".join(str(error).split())[:300]  # of torch, where a tensor is of quite another kind
             raise CheckpointError(f"{folder}: layer {layer!r} ({form.name}): {line}") from None
 
-    return Source(folder, folder, form.name, headers, layers, frozenset(others), read, tensor)
+    return Source(folder, folder, form.name, headers, layers, frozenset(others), read)
 
 
 def _gguf_source(file: Path, folder: Path, headers: Mapping[str, TensorInfo]) -> Source:
@@ -133,10 +133,8 @@ def _gguf_source(file: Path, folder: Path, headers: Mapping[str, TensorInfo]) ->
     layers = {name: headers[f"{name}.weight"].file for name in blocks if f"{name}.weight" in headers}
     others = headers.keys() - {f"{name}.weight" for name in layers}
 
-    def tensor(name: str) -> torch.Tensor:
-        return _tensors(folder, headers, [name])[name]
-
     def read(layer: str) -> Stored:
-        return gguf.stored(blocks[layer], tensor(f"{layer}.weight"))
+        weight = f"{layer}.weight"
+        return gguf.stored(blocks[layer], _tensors(folder, headers, [weight])[weight])
 
-    return Source(file, folder, "GGUF", headers, layers, frozenset(others), read, tensor)
+    return Source(file, folder, "GGUF", headers, layers, frozenset(others), read)

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from ...errors import CheckpointError
+from ...quantize import spread
 from ..container import RESERVED
 from .exact import Format, Levels, Stored
 from .uniform import whole_number
@@ -169,7 +170,7 @@ def stored(
         if table.shape != (1 << bits,):
             raise CheckpointError(f"its table has shape {tuple(table.shape)}; {bits} bits need {(1 << bits,)}")
         values = table[codes.int()]
-    weight = (values * scales.float().repeat_interleave(group, dim=1)[:, :width]).to(scales.dtype)
+    weight = (values * spread(scales, group, width)).to(scales.dtype)
     return Stored(weight, Levels(codes, table, scales, group, bits, hadamard_size))
 
 
