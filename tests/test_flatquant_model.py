@@ -172,6 +172,16 @@ def saved_flat(folder: Path, spec: FlatSpec, **options: Any) -> Any:
     return model
 
 
+def test_a_checkpoint_without_transforms_loads(tmp_path: Path) -> None:
+    """Nothing learned, rounded to nearest: the factors in the file are identities."""
+    model = tiny_models.build("Qwen2").half()
+    matrices = [Matrices() for _ in blocks_of(model)[1]]
+    apply(model, PRESETS["w4a4kv4"], matrices)
+    mark_flat(model, PRESETS["w4a4kv4"])
+    model.save_pretrained(tmp_path)
+    assert tiny_models.equal_states(tiny_models.load(tmp_path), model)
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_checkpoint_loads_as_it_was_saved(preset: str, tmp_path: Path) -> None:
     spec = PRESETS[preset]

@@ -237,7 +237,8 @@ def apply(
             call = to_device(stack.calls[index], where)
             units = round_block(trial, grids, spec, hidden, call)
             hidden = [run_block(trial, part.to(where), call).to(part.device) for part in hidden]
-        flatten(block, spec, transforms=has_transforms, real=real)
+        # a checkpoint's blocks have room for factors, whether there are any or not
+        flatten(block, spec, transforms=real or has_transforms, real=real)
         values = {f"{name}.weight": decode(units[name], grids[name][1]) for name in grids}
         _fill(block, kept | (plain if real else plain | values), skip=set(values) if real else set())
         for name in grids if real else ():
