@@ -52,8 +52,8 @@ MACHETE: dict[str, Any] = {
 }  # fmt: skip
 CONTESTANTS: dict[str, dict[str, Any] | None] = {
     "fp16": None,
-    "machete_w4a16_g128": MACHETE,
     "nf4_g64": ModelSpec(QuantSpec(4, 64, "nf4"), modules_to_not_convert=("lm_head",)).to_dict(),
+    "machete_w4a16_g128": MACHETE,
     "nf3_g64": ModelSpec(QuantSpec(3, 64, "nf3"), modules_to_not_convert=("lm_head",)).to_dict(),
 }
 
@@ -140,14 +140,14 @@ def main() -> None:
     if given.only:
         print("MEASURED", json.dumps(measure(given.only, given.layers, given.repeats)), flush=True)
         return
-    found = {}
+    found: dict[str, dict[str, float]] = {}
+    origin = f"{describe()}; vllm {version('vllm')}; {given.layers} layers, fp16; {' '.join(sys.argv)}"
     for contestant in CONTESTANTS:
         found[contestant] = measured_apart(contestant, given.layers, given.repeats)
         figures = (f"{what} {milliseconds:.3f}" for what, milliseconds in found[contestant].items())
         print(f"{contestant}: ms by batch: {', '.join(figures)}", flush=True)
-    if given.output and any(found.values()):
-        origin = f"{describe()}; vllm {version('vllm')}; {given.layers} layers, fp16; {' '.join(sys.argv)}"
-        write_rows(given.output, origin, rows(found))
+        if given.output and any(found.values()):
+            write_rows(given.output, origin, rows(found))
 
 
 if __name__ == "__main__":

@@ -55,7 +55,8 @@ def rank_main(folder: Path) -> None:
         layers = [layer for layer in shared.modules() if isinstance(layer, LutLinear)]
         assert len(layers) == 7
         assert all(layer.in_kernel_order for layer in layers)
-        prompts = [torch.arange(tokens, device="cuda").view(1, -1) % 512 for tokens in (1, 16, 300)]
+        # Not token 0: that is Gemma's padding, whose embedding is zero.
+        prompts = [torch.arange(3, 3 + tokens, device="cuda").view(1, -1) for tokens in (1, 16, 300)]
         with torch.no_grad():
             alone = [whole(ids).logits for ids in prompts]
             exact = whole.dequantize().float()
@@ -64,7 +65,7 @@ def rank_main(folder: Path) -> None:
                 errors = [((made.float() - truth).norm() / truth.norm()).item() for made in (one, two)]
                 if rank == 0:
                     print(f"{name}: {ids.numel()} tokens, error on one GPU {errors[0]:.1e}, on two {errors[1]:.1e}")
-                assert errors[1] < 2 * errors[0]  # the ranks' sums are rounded to bfloat16 before they are added
+                assert errors[1] < 2 * errors[0], (name, errors)  # the ranks' sums are rounded before they are added
         if name == "Gemma-2-27B":
             shared.save_pretrained(folder / "saved")
             dist.barrier()
