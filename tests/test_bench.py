@@ -11,11 +11,15 @@ import torch
 from test_cli import flute
 from transformers import AutoConfig
 
-from flute.bench import decoder, kernel, model, peers, plot, results, shapes
+from benchmarks import benchmark_model
+from flute.bench import caches, decoder, kernel, model, peers, plot, results, shapes
 from flute.bench.kernel import Row, Sweep
 from flute.bench.model import ModelRow, Plan
 from flute.commands.bench import numbers
 from flute.errors import FluteError
+from flute.flatquant.modules import IntLinear
+from flute.integrations.flatblocks import int4_cache
+from flute.integrations.kv_cache import ATTENTION
 from flute.linear import LutLinear
 from flute.quantize import quantize
 from flute.spec import QuantSpec
@@ -55,6 +59,7 @@ def test_numbers() -> None:
         (["kernel", "--dtypes", "fp8"], "--dtypes 'fp8': use fp16, bf16"),
         (["kernel", "--peers", "cublas"], "--peers 'cublas': use all, none"),
         (["model", "--device", "cpu", "--methods", "nf5"], "--methods 'nf5': use dense, bitsandbytes, or a table"),
+        (["model", "--device", "cpu", "--methods", "flatquant-w4a16"], "flatquant- give one of w4a4kv4"),
         (["model", "--device", "cpu", "--config", "no-such-model"], "--config no-such-model: give llama-3.1-8b"),
     ],
 )
@@ -321,6 +326,62 @@ def test_a_decode_step_is_the_models_own(small: Path, method: str) -> None:
     assert [int(layer.cumulative_length) for layer in steps.cache.layers] == [4, 4]
 
 
+@torch.inference_mode()
+def test_a_flatquant_step_is_the_models_own(small: Path) -> None:
+    """Codes of random integers, appended and read as `Int4Cache` does it, token by token."""
+    made = model.build(small_plan(small), "flatquant")
+    assert sum(isinstance(part, IntLinear) for part in made.modules()) == 2 * 7
+    made.set_attn_implementation(ATTENTION)
+    prompt = torch.randint(0, 50, (2, 5), generator=torch.Generator().manual_seed(1))
+    expected = made.generate(
+        prompt, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0,
+        past_key_values=int4_cache(made, 16),
+    )  # fmt: skip
+    decoder.share_layer_step(made, compiled=False)
+    steps = decoder.Decoder(made, 2, 4, room=8)
+    decoder.set_length(steps.cache, 0)
+    made(prompt[:, :4], past_key_values=steps.cache, use_cache=True)
+    steps.tokens.copy_(prompt[:, 4:])
+    seen = [steps.tokens.clone()]
+    for _ in range(6):
+        steps.step()
+        seen.append(steps.tokens.clone())
+    assert torch.equal(torch.cat(seen, 1), expected[:, 4:]) and len(set(expected.flatten().tolist())) > 4
+    assert int(steps.cache.get_seq_length()) == 10
+    steps.rewind()
+    assert int(steps.cache.get_seq_length()) == 4
+
+
+@pytest.mark.parametrize("method", ["dense", "flatquant", "flatquant-w8a8"])
+@torch.inference_mode()
+def test_a_prefill_is_the_models_own(small: Path, method: str) -> None:
+    made, prompt = model.build(small_plan(small), method), torch.randint(0, 50, (2, 9))
+    wanted = made(prompt, use_cache=False).logits
+    decoder.share_layer_step(made, compiled=False)
+    for length in (9, 12):  # a cache that the prompt fills, and a longer one
+        cache = caches.empty_cache(made, 2, length)
+        assert torch.allclose(made(prompt, past_key_values=cache, use_cache=True).logits, wanted, atol=1e-4)
+
+
+def test_flatquant_is_measured_beside_dense(small: Path) -> None:
+    methods = ["dense", "flatquant", "flatquant-w8a8"]
+    dense, four, eight = model.measure(small_plan(small, methods=methods, batches=(2,), prompts=(5,)))
+    assert four.decode_speedup == pytest.approx(dense.decode_ms / four.decode_ms) and four.prefill_ms > 0
+    assert dense.cache_gb == eight.cache_gb == 2 * 2 * 2 * 2 * 9 * 16 * 4 / 1e9  # layers, k and v, ..., float32
+    assert four.cache_gb == pytest.approx(dense.cache_gb * (8 + 4) / 64)
+    assert four.weight_gb < eight.weight_gb < dense.weight_gb
+
+
+def test_the_published_benchmark(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = "--random_mode --batch_size 2 --prefill_seq_len 5 --decode_steps 2 --dtype float32 --device cpu"
+    benchmark_model.main([*flags.split(), "--model", str(small), "--output", str(tmp_path / "m.csv")])
+    printed = [line.split() for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["2"]]
+    assert [line[1] for line in printed] == ["prefill", "decode", "both"]
+    _, (dense, flat) = results.read_rows(tmp_path / "m.csv", ModelRow)
+    assert (dense.method, flat.method, flat.prompt) == ("dense", "flatquant-w4a4kv4", 5)
+    assert float(printed[0][-1]) == pytest.approx(dense.prefill_ms / flat.prefill_ms, rel=0.02, abs=0.01)
+
+
 def test_the_head_is_quantized_when_asked(small: Path) -> None:
     assert not isinstance(model.build(small_plan(small), "nf3").lm_head, LutLinear)
     made = model.build(small_plan(small), "nf3+head")
@@ -396,11 +457,11 @@ def test_bench_kernel_on_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_bench_model_on_a_gpu(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Compiled layers, CUDA graphs, the head too."""
     code, _, err = flute(
-        "bench", "model", "--config", small, "--methods", "dense,nf4+head", "--batch", "1,3", "--prompts", "1,9",
-        "--steps", 4, "--group-size", 32, "-o", tmp_path / "m.csv", capsys=capsys,
+        "bench", "model", "--config", small, "--methods", "dense,nf4+head,flatquant", "--batch", "1,3",
+        "--prompts", "1,9", "--steps", 4, "--group-size", 32, "-o", tmp_path / "m.csv", capsys=capsys,
     )  # fmt: skip
     assert code == 0, err
     _, rows = results.read_rows(tmp_path / "m.csv", ModelRow)
-    assert len(rows) == 8
+    assert len(rows) == 12
     for row in rows:
         assert row.note == "" and row.decode_ms > 0 and row.prefill_ms > 0 and row.peak_gb >= row.weight_gb

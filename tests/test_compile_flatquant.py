@@ -38,6 +38,12 @@ def test_transforms(arch: str) -> None:
     for left in (True, False):
         made = Problem(32, 128, left, not left, False, False)
         assert not complaints(report("kronecker.cu", dict(made.macros(8 * left, False)), arch)), made
+    gated = Problem(112, 128, True, True, False, arch == "sm_80", gated=True)
+    heads = Problem(8, 128, False, True, False, arch == "sm_80", turn=True)
+    shared = gated.shared_among(1, GPUS["H100"]), Problem(64, 64, True, True, True, True).shared_among(4, GPUS["H100"])
+    for made in (gated, heads, *(shared if arch == "sm_90" else ())):
+        assert made.cluster > 1 or made not in shared
+        assert not complaints(report("kronecker.cu", dict(made.macros(0 if made.turn else 4, True)), arch)), made
     plain = {"RANGES": 1, "BF16": 0, "BITS_OUT": 4, "SYMMETRIC": 0}
     assert not complaints(report("quantize.cu", plain, arch))
 
@@ -49,3 +55,5 @@ def test_caches(arch: str) -> None:
         macros = dict(attention_cuda.macros(dim == 96, dim, dim, symmetric, symmetric))
         assert not complaints(report("kv_attention.cu", macros, arch)), dim
         assert not complaints(report("kv_append.cu", macros, arch)), dim
+        macros = {"BF16": int(dim == 96), "SYMMETRIC": int(symmetric)}
+        assert not complaints(report("kv_dequantize.cu", macros, arch)), dim

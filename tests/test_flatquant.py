@@ -238,10 +238,11 @@ def test_real_sites_and_layers_are_the_simulated_ones(bits: int, symmetric: bool
 def test_a_mean_key_does_not_change_attention() -> None:
     torch.manual_seed(0)
     heads = Heads(8, 2, (4, 4), (False, False), head_dim=8, offset=True)
-    q, k = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
-    before = (q @ k.mT).softmax(-1)
+    q, k = torch.randn(1, 5, 2, 8), torch.randn(1, 5, 2, 8)
+    still = torch.ones(1, 5, 8), torch.zeros(1, 5, 8)  # cos, sin
+    before = (q.transpose(1, 2) @ k.transpose(1, 2).mT).softmax(-1)
     heads.offset.data = 10 * torch.randn(2, 8)
-    moved = heads(q, k)
+    moved = heads(q, k, *still)
     assert torch.allclose((moved[0] @ moved[1].mT).softmax(-1), before, atol=1e-5)
 
 

@@ -94,6 +94,7 @@ def test_opcheck_and_refusals() -> None:
     torch.library.opcheck(torch.ops.flute.kv_attention, (x, *inside, one, None, None, 1.0))
     given = (x, x, *inside[:3], None, *inside[3:], None, one, None)
     torch.library.opcheck(torch.ops.flute.kv_append, given)
+    torch.library.opcheck(torch.ops.flute.kv_dequantize, (*inside[:3], torch.float16))
     for bad, message in (
         ((x[:, :1], x[:, :1], keys, values, one), "1 heads"),
         ((x, x.float(), keys, values, one), "value"),
@@ -193,6 +194,7 @@ def test_append_writes_the_same_bytes(dim: int, symmetric: tuple[bool, bool], dt
     for one, other in zip(mine, there, strict=True):
         for a, b in ((one.codes, other.codes), (one.scale, other.scale), (one.zero, other.zero)):
             assert a is b is None or torch.equal(a, b.cpu())
+        assert torch.equal(one.dequantize(dtype), other.dequantize(dtype).cpu())
 
 
 def answers(
@@ -269,6 +271,7 @@ def test_a_captured_step_goes_on_as_lengths_grow() -> None:
 
 def test_parts_of_the_cache() -> None:
     assert attention_cuda.parts(8, 1, 2048, 132) == 32  # one sequence of an 8B model: blocks for all SMs
+    assert attention_cuda.parts(128, 1, 2048, 132) == 2  # three would not run all at once
     assert attention_cuda.parts(512, 1, 2048, 132) == 1
     assert attention_cuda.parts(1, 1, 32, 132) == 1
     assert not attention_cuda.takes(torch.float16, 128, 128, 24, True)  # pages of whole blocks only

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from gpus import GPUS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from flute.errors import OperatorError
@@ -55,6 +56,20 @@ def test_norm_is_that_of_transformers(dtype: torch.dtype) -> None:
     norm.weight.data.uniform_(0.5, 2.0)
     x = (torch.randn(7, 96) * 30).to(dtype)
     assert torch.equal(kronecker(x, None, None, norm.weight.data, 1e-5), norm(x))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32], ids=str)
+def test_the_gate_is_silu_times_up(dtype: torch.dtype) -> None:
+    x, left, right = torch.randn(3, 4, 60).to(dtype), torch.randn(5, 5).to(dtype), torch.randn(6, 6).to(dtype)
+    inner = torch.nn.functional.silu(x[..., :30]) * x[..., 30:]
+    weight = torch.rand(30).to(dtype)
+    for norm in (None, weight):
+        made = kronecker_quantize(x, left, right, norm_weight=norm, gated=True)
+        wanted = kronecker_quantize(inner, left, right, norm_weight=norm)
+        assert torch.equal(made[0], wanted[0]) and torch.equal(made[1], wanted[1])
+    torch.library.opcheck(torch.ops.flute.kronecker_quantize, (x, left, right, None, 4, True, None, 1e-6, True))
+    with pytest.raises(OperatorError, match="gated"):
+        kronecker_quantize(x[..., :59], None, None, gated=True)
 
 
 def test_codes_by_hand() -> None:
@@ -114,13 +129,25 @@ def test_usual_sizes_have_a_kernel() -> None:
     assert tokens_cuda.Problem(1, 4096, True, True, False, False).room(232448) is None  # plain torch does that
 
 
+def test_few_tokens_are_shared_among_blocks() -> None:
+    """As many blocks a token as run at once and have whole tiles of columns."""
+    problem = tokens_cuda.Problem(112, 128, True, True, False, False)
+    shared = {m: problem.shared_among(m, GPUS["H100"]).cluster for m in (1, 15, 16, 30, 64, 66, 67, 2048)}
+    assert shared == {1: 8, 15: 8, 16: 4, 30: 4, 64: 2, 66: 2, 67: 1, 2048: 1}
+    assert problem.shared_among(1, GPUS["A100"]).cluster == 1  # no clusters there
+    assert tokens_cuda.Problem(64, 64, True, True, True, False).shared_among(1, GPUS["H100"]).cluster == 4
+    assert tokens_cuda.Problem(86, 88, True, True, True, False).shared_among(1, GPUS["H100"]).cluster == 1
+
+
 # ---- on a GPU --------------------------------------------------------------------------------------------------------
 
 
-def same(x: torch.Tensor, *rest: torch.Tensor | None, bits: int = 4, symmetric: bool = True) -> bool:
+def same(
+    x: torch.Tensor, *rest: torch.Tensor | None, bits: int = 4, symmetric: bool = True, gated: bool = False
+) -> bool:
     """Codes, scales and zeros of the GPU are those of the reference, bit for bit."""
-    mine = kronecker_quantize(x, *rest, bits=bits, symmetric=symmetric)
-    there = kronecker_quantize(*moved(x, *rest), bits=bits, symmetric=symmetric)  # type: ignore[arg-type]
+    mine = kronecker_quantize(x, *rest, bits=bits, symmetric=symmetric, gated=gated)
+    there = kronecker_quantize(*moved(x, *rest), bits=bits, symmetric=symmetric, gated=gated)  # type: ignore[arg-type]
     return all(a is b is None or torch.equal(a, b.cpu()) for a, b in zip(mine, there, strict=True))
 
 
@@ -130,10 +157,45 @@ def same(x: torch.Tensor, *rest: torch.Tensor | None, bits: int = 4, symmetric: 
 def test_exact_codes(n: int, dtype: torch.dtype) -> None:
     n1, n2 = factors(n)
     clip = torch.tensor([0.9, 0.8])
-    for m in (1, 300):
+    for m in (1, 12, 40, 300):  # on an H100 all numbers of blocks a token
         x, left, right = sparse(m, n, dtype, 1.0), sparse(n1, n1, dtype), sparse(n2, n2, dtype)
         assert same(x, left, right) and same(x, left, right, clip, symmetric=False), m
         assert torch.equal(kronecker(x, left, right), kronecker(*moved(x, left, right)).cpu())  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [*SIZES, 35, 13824])
+def test_exact_codes_of_a_gate(n: int, dtype: torch.dtype) -> None:
+    """Gates of 0 and 64, whose silu is the same number, times -1/64, 0, 1/64; then any, beside torch on the GPU."""
+    n1, n2 = factors(n)
+    for m in (1, 12, 40, 300):
+        left, right = sparse(n1, n1, dtype), sparse(n2, n2, dtype)
+        x = torch.cat((64 * sparse(m, n, dtype, 1.0).abs(), sparse(m, n, dtype, 1.0) / 64), -1)
+        assert same(x, left, right, gated=True), m
+        x, left, right = torch.randn(m, 2 * n).to(dtype).cuda(), left.cuda(), right.cuda()
+        inner = torch.nn.functional.silu(x[:, :n]) * x[:, n:]
+        made, wanted = kronecker_quantize(x, left, right, gated=True), kronecker_quantize(inner, left, right)
+        assert (made[0] != wanted[0]).float().mean() < 1e-3 and torch.allclose(made[1], wanted[1], rtol=1e-2), m
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 12, 40])
+def test_the_same_bits_of_any_number_of_blocks(m: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that share a token add the same numbers in the same order as one block does."""
+    cases = [(64, 64, True, True), (112, 128, True, False), (32, 128, False, False)]
+    for n1, n2, with_right, with_norm in cases:
+        x = torch.randn(m, n1 * n2, device="cuda").half()
+        left, right = torch.randn(n1, n1, device="cuda").half() / 8, torch.randn(n2, n2, device="cuda").half() / 8
+        weight = torch.rand(n1 * n2, device="cuda").half() if with_norm else None
+        given = (x, left, right if with_right else None, None, 4, False, weight)
+        shared = kronecker_quantize(*given)
+        with monkeypatch.context() as patch:
+            patch.setattr(tokens_cuda.Problem, "shared_among", lambda self, tokens, gpu: self)
+            alone = kronecker_quantize(*given)
+        if weight is None:  # else the squares are added in another order
+            assert all(map(torch.equal, shared, alone))
+        assert (shared[0] != alone[0]).float().mean() < 1e-3
 
 
 @pytest.mark.gpu

@@ -1,5 +1,7 @@
 """One decode step of a transformers model, made for measuring: a static cache, no work of the host in between.
 
+The same for every method: keys shared by heads are not copied for each, a prompt that fills its cache has no mask.
+
 All decoder layers run one function, which torch compiles once for all of them (compiled as methods of the model each
 layer would be compiled by itself, because each knows its number), so that norms, rotations and activations are fused
 alike whatever the linear layers are.
@@ -13,24 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
-
-class _Slot:
-    """The cache as one layer sees it in one step: writes at ``position`` and hands out all keys and values."""
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, position: torch.Tensor) -> None:
-        self.keys, self.values, self.position = keys, values, position
-
-    def update(self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        self.keys.index_copy_(2, self.position, keys)
-        self.values.index_copy_(2, self.position, values)
-        return self.keys, self.values
+from .caches import CodesSlot, Parts, count_token, empty_cache, fill, holds_codes, parts, set_length
 
 
 def _layer_step(
-    layer: nn.Module, hidden: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, position: torch.Tensor,
+    layer: nn.Module, hidden: torch.Tensor, slot_of: Callable[..., Any], cached: Parts,
     mask: torch.Tensor | None, rotation: tuple[torch.Tensor, torch.Tensor],
 ) -> torch.Tensor:  # fmt: skip
-    slot = _Slot(keys, values, position)
+    slot = slot_of(*cached)
     made = layer(hidden, attention_mask=mask, past_key_values=slot, use_cache=True, position_embeddings=rotation)
     return made[0] if isinstance(made, tuple) else made
 
@@ -51,13 +43,12 @@ class _Layer(nn.Module):
     def forward(self, hidden_states: torch.Tensor, **given: Any) -> Any:
         cache = given.get("past_key_values")
         if hidden_states.shape[1] != 1 or cache is None:
+            if cache is not None and hidden_states.shape[1] == cache.layers[self.index].max_cache_len:
+                given["attention_mask"] = None  # the prompt fills the cache: causal, which torch is faster at
             return self.layer(hidden_states, **given)
-        own = cache.layers[self.index]
-        # views: the cache marks its tensors as addresses to compile for, and there is one pair for every layer
-        keys, values = own.keys.view_as(own.keys), own.values.view_as(own.values)
-        position = given["position_ids"].view(-1)
-        mask, rotation = given.get("attention_mask"), given["position_embeddings"]
-        return self.step(self.layer, hidden_states, keys, values, position, mask, rotation)
+        slot_of, cached = parts(cache.layers[self.index], given["position_ids"].view(-1))
+        mask = None if slot_of is CodesSlot else given.get("attention_mask")  # lengths hide what is not there yet
+        return self.step(self.layer, hidden_states, slot_of, cached, mask, given["position_embeddings"])
 
 
 def _attention(
@@ -91,35 +82,17 @@ def share_layer_step(model: Any, *, compiled: bool) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
+    from ..integrations.kv_cache import ATTENTION
+
     AttentionInterface.register("shared_keys", _attention)
     AttentionMaskInterface.register("shared_keys", sdpa_mask)
-    model.set_attn_implementation("shared_keys")
+    model.set_attn_implementation(ATTENTION if holds_codes(model) else "shared_keys")
     step = _compiled(_layer_step) if compiled else _layer_step
     decoder = model.get_decoder()
     for index, layer in enumerate(decoder.layers):
         decoder.layers[index] = _Layer(layer, index, step)
     if compiled and hasattr(decoder, "norm"):
         decoder.norm.forward = _compiled(decoder.norm.forward)
-
-
-def empty_cache(model: Any, batch: int, length: int) -> Any:
-    """A static cache of ``length`` tokens with all its memory, of zeros."""
-    from transformers import StaticCache
-
-    config = model.config.get_text_config(decoder=True)
-    heads, width = config.num_key_value_heads, getattr(config, "head_dim", None)
-    width = width or config.hidden_size // config.num_attention_heads
-    cache: Any = StaticCache(config=config, max_cache_len=length)
-    like = torch.empty(batch, heads, 0, width, dtype=model.dtype, device=model.device)
-    for layer in cache.layers:
-        layer.lazy_initialization(like, like)
-    return cache
-
-
-def set_length(cache: Any, tokens: int) -> None:
-    """Make ``cache`` one that holds ``tokens`` tokens."""
-    for layer in cache.layers:
-        layer.cumulative_length.fill_(tokens)
 
 
 def _most_likely(logits: torch.Tensor) -> torch.Tensor:
@@ -134,9 +107,7 @@ class Decoder:
         self.model, self.prompt = model, prompt
         self.most_likely = _compiled(_most_likely) if compiled else _most_likely
         self.cache = empty_cache(model, batch, prompt + room)
-        for layer in self.cache.layers:
-            layer.keys.normal_()
-            layer.values.normal_()
+        fill(self.cache)
         self.tokens = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
         self.rewind()
 
@@ -148,4 +119,4 @@ class Decoder:
         """One token for every sequence; no work of the host is needed in between, so it can be captured."""
         logits = self.model(self.tokens, past_key_values=self.cache, use_cache=True).logits
         self.tokens.copy_(self.most_likely(logits[:, -1:]))
-        torch._foreach_add_([layer.cumulative_length for layer in self.cache.layers], 1)
+        count_token(self.cache)

@@ -1,7 +1,8 @@
 """Tokens per second of a whole model in transformers: dense, quantized by this library, and by bitsandbytes.
 
 The model has a real config and random weights, which cost the same time as real ones. It is quantized the way users do
-it, by ``from_pretrained(quantization_config=...)``, from weights in memory.
+it, by ``from_pretrained(quantization_config=...)``, from weights in memory; FlatQuant's, which calibrates, has random
+integers instead (`flat`), and where it rounds keys and values to 4 bits its cache holds codes.
 
 *Decode* is one greedy step of ``batch`` sequences that have ``prompt`` tokens behind them: a static cache, the whole
 step in one CUDA graph, the next token fed back inside it. Decoder layers are compiled by torch (``compiled=True``) as
@@ -31,7 +32,9 @@ from torch import nn
 
 from ..errors import FluteError
 from ..spec import NAMED_TABLES
-from .decoder import Decoder, empty_cache, set_length, share_layer_step
+from .caches import empty_cache, nbytes, set_length
+from .decoder import Decoder, share_layer_step
+from .flat import FLATQUANT, flat_model, flat_spec
 from .peers import first_line
 from .shapes import MODELS
 
@@ -44,7 +47,8 @@ _PREFILL_REPLAYS = 3
 class ModelRow:
     """One method at one batch size and prompt length; None where it was not measured, ``note`` says why.
 
-    ``weight_gb`` counts every parameter and buffer, ``peak_gb`` all that torch allocated for the decode step.
+    ``weight_gb`` counts every parameter and buffer, ``cache_gb`` keys and values of the decode step, ``peak_gb`` all
+    that torch allocated for it.
     """
 
     model: str
@@ -61,6 +65,7 @@ class ModelRow:
     weight_gb: float | None = None
     peak_gb: float | None = None
     note: str = ""
+    cache_gb: float | None = None
 
 
 _NOT_MEASURED = ModelRow("", DENSE, 0, 0, 0)
@@ -73,7 +78,8 @@ class Plan:
     Attributes:
         config: a name of `shapes.MODELS`, the word tiny, or a folder or file with a config.json.
         methods: "dense", "bitsandbytes" (NF4), a named table such as "nf4", or "nf4+head" to quantize the output head
-            too. Those behind "dense" are compared with it.
+            too; "flatquant" (W4A4KV4) or "flatquant-" with another preset, such as "flatquant-w4a8kv4". Those behind
+            "dense" are compared with it.
         batches, prompts: every pair is measured.
         steps: decode steps that are timed together.
         prefill_tokens: most tokens of a prefill (batch x prompt); larger ones are left out.
@@ -126,10 +132,12 @@ def check_method(name: str) -> str:
     if name == BITSANDBYTES:
         absent = importlib.util.find_spec(BITSANDBYTES) is None
         return f"not installed; pip install {BITSANDBYTES}" if absent else ""
-    if name != DENSE and name.removesuffix(HEAD) not in NAMED_TABLES:
+    if name.startswith(FLATQUANT):
+        flat_spec(name)
+    elif name != DENSE and name.removesuffix(HEAD) not in NAMED_TABLES:
         raise FluteError(
             f"--methods {name!r}: use {DENSE}, {BITSANDBYTES}, or a table ({', '.join(NAMED_TABLES)}), with {HEAD} "
-            "behind it to quantize the output head too"
+            f"behind it to quantize the output head too, or {FLATQUANT}"
         )
     return ""
 
@@ -140,6 +148,8 @@ def build(plan: Plan, method: str) -> Any:
 
     config = load_config(plan.config)
     torch.manual_seed(0)
+    if method.startswith(FLATQUANT):
+        return flat_model(config, flat_spec(method), plan.dtype, plan.device)
     with torch.device(plan.device):
         model = AutoModelForCausalLM.from_config(config, dtype=plan.dtype)
     if method != DENSE:
@@ -219,15 +229,15 @@ def _milliseconds(run: Callable[[], object], times: int) -> float:
 @torch.no_grad()  # not inference_mode, in which layers of one x are launched apart
 def decode_milliseconds(
     model: Any, batch: int, prompt: int, steps: int, rounds: int = 3, *, compiled: bool = False
-) -> float:
-    """Median over ``rounds`` of the milliseconds of one of ``steps`` decode steps in a row."""
+) -> tuple[float, int]:
+    """Median over ``rounds`` of the milliseconds of one of ``steps`` decode steps in a row; bytes of the cache."""
     decoder = Decoder(model, batch, prompt, room=max(steps, 4), compiled=compiled)
     replay = _captured(decoder.step, warm_ups=2)
     taken = []
     for _ in range(rounds):
         decoder.rewind()
         taken.append(_milliseconds(replay, steps))
-    return statistics.median(taken)
+    return statistics.median(taken), nbytes(decoder.cache)
 
 
 @torch.no_grad()  # not inference_mode, in which layers of one x are launched apart
@@ -269,19 +279,20 @@ def _measure_method(plan: Plan, method: str, before: Sequence[ModelRow]) -> list
     model = build(plan, method)
     share_layer_step(model, compiled=plan.compiled)
     torch._dynamo.reset()  # a method's shapes are compiled anew, not as exceptions to those of the last one
-    group = 0 if method == DENSE else 64 if method == BITSANDBYTES else plan.group_size
+    whole = method == DENSE or method.startswith(FLATQUANT)  # a scale a row, where there are any
+    group = 0 if whole else 64 if method == BITSANDBYTES else plan.group_size
     dense = {(row.batch, row.prompt): row for row in before if row.method == DENSE}
     rows = []
     for batch in plan.batches:
         for prompt in plan.prompts:
-            decode, prefill, peak, note = _measure_case(plan, model, batch, prompt)
+            decode, prefill, cached, peak, note = _measure_case(plan, model, batch, prompt)
             other = dense.get((batch, prompt), _NOT_MEASURED)
             rows.append(
                 ModelRow(
                     plan.config, method, group, batch, prompt,
                     decode, _rate(batch, decode), _ratio(other.decode_ms, decode),
                     prefill, _rate(batch * prompt, prefill), _ratio(other.prefill_ms, prefill),
-                    weight_bytes(model) / 1e9, peak, note,
+                    weight_bytes(model) / 1e9, peak, note, cached,
                 )
             )  # fmt: skip
     return rows
@@ -289,16 +300,17 @@ def _measure_method(plan: Plan, method: str, before: Sequence[ModelRow]) -> list
 
 def _measure_case(
     plan: Plan, model: Any, batch: int, prompt: int
-) -> tuple[float | None, float | None, float | None, str]:
-    """Milliseconds of a decode step and of a prefill, GB at the peak of the former, and why one is missing."""
-    decode = prefill = peak = None
+) -> tuple[float | None, float | None, float | None, float | None, str]:
+    """Milliseconds of a decode step and of a prefill; GB of the former's cache and peak; and why one is missing."""
+    decode = prefill = cached = peak = None
     note = ""
     gpu = plan.device == "cuda"
     try:
         if gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        decode = decode_milliseconds(model, batch, prompt, plan.steps, compiled=plan.compiled)
+        decode, cache_bytes = decode_milliseconds(model, batch, prompt, plan.steps, compiled=plan.compiled)
+        cached = cache_bytes / 1e9
         peak = torch.cuda.max_memory_allocated() / 1e9 if gpu else None
         if batch * prompt <= plan.prefill_tokens:
             prefill = prefill_milliseconds(model, batch, prompt)
@@ -306,7 +318,7 @@ def _measure_case(
             note = f"prefill of more than {plan.prefill_tokens} tokens left out"
     except torch.OutOfMemoryError as error:
         note = re.split(r"(?<=\.) ", str(error))[0]
-    return decode, prefill, peak, note
+    return decode, prefill, cached, peak, note
 
 
 def _rate(tokens: int, milliseconds: float | None) -> float | None:
@@ -320,7 +332,7 @@ def _ratio(dense: float | None, milliseconds: float | None) -> float | None:
 def table(rows: Sequence[ModelRow]) -> tuple[list[str], list[list[str]]]:
     """Header and lines of the figures."""
     header = ["method", "batch", "prompt", "decode ms", "tokens/s", "x dense", "prefill ms", "tokens/s", "x dense",
-              "weights GB", "peak GB"]  # fmt: skip
+              "weights GB", "cache GB", "peak GB"]  # fmt: skip
 
     def cell(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
@@ -330,7 +342,7 @@ def table(rows: Sequence[ModelRow]) -> tuple[list[str], list[list[str]]]:
             row.method, str(row.batch), str(row.prompt),
             cell(row.decode_ms, ".2f"), cell(row.decode_tokens_per_s, ".0f"), cell(row.decode_speedup, ".2f"),
             cell(row.prefill_ms, ".2f"), cell(row.prefill_tokens_per_s, ".0f"), cell(row.prefill_speedup, ".2f"),
-            cell(row.weight_gb, ".2f"), cell(row.peak_gb, ".2f"),
+            cell(row.weight_gb, ".2f"), cell(row.cache_gb, ".3f"), cell(row.peak_gb, ".2f"),
         ]
         for row in rows
         if row.batch

@@ -34,18 +34,20 @@ def write_rows(path: Path, origin: str, rows: Sequence[Any], *, digits: int = 4)
 def read_rows(path: Path, *kinds: Any) -> tuple[str, list[Any]]:
     """What `write_rows` wrote: the origin, and rows of that one of ``kinds`` whose fields the header names.
 
+    Fields that were added since the file was written may be missing at the end of its header; they have their defaults.
+
     Raises:
         FluteError: the file cannot be read, or is no such file.
     """
     try:
         origin, *lines = path.read_text(encoding="utf-8").splitlines()
         header, *found = list(csv.reader(lines))
-        (kind,) = [kind for kind in kinds if [field.name for field in fields(kind)] == header]
-        readers = [_READ[str(field.type)] for field in fields(kind)]
+        (kind,) = [kind for kind in kinds if [field.name for field in fields(kind)][: len(header)] == header]
+        readers = [_READ[str(field.type)] for field in fields(kind)[: len(header)]]
         rows = [kind(*[read(text) for read, text in zip(readers, row, strict=True)]) for row in found]
     except OSError as error:
         raise FluteError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):  # TypeError: a field without default is missing
         raise FluteError(f"{path} is not a file of flute bench, or of another version; measure again") from None
     return origin.removeprefix("# "), rows
 

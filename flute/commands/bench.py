@@ -112,7 +112,7 @@ def model(
         str, typer.Option(help="llama-3.1-8b or another model by name, tiny, or a folder with config.json.")
     ] = "llama-3.1-8b",
     methods: Annotated[
-        str, typer.Option(help="dense, bitsandbytes (NF4), tables of ours; nf4+head: the output head too.")
+        str, typer.Option(help="dense, bitsandbytes (NF4), tables of ours; nf4+head: the output head too; flatquant.")
     ] = "dense,nf4,nf4+head,nf3,nf2,bitsandbytes",
     batch: Annotated[str, typer.Option(help="Numbers of sequences.")] = "1,4,16,64",
     prompts: Annotated[str, typer.Option(help="Tokens of each prompt.")] = "1,128,2048",

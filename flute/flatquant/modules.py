@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..kernels.heads import turn_heads, turned
 from ..kernels.integer import int_linear, unpack_nibbles
 from ..kernels.pieces import arrange, restore
 from ..kernels.tokens import kronecker, kronecker_quantize, transform
@@ -99,15 +100,21 @@ class Site(nn.Module):
         """Take over the arithmetic of the norm before a ``real`` site."""
         self._norm = (norm,)
 
-    def forward(self, x: torch.Tensor) -> tuple[Activation, ...]:
-        """One activation per clip."""
-        if self.bits >= 16:
-            return (self._transformed(x),)
-        if self.real:
+    @property
+    def gives_codes(self) -> bool:
+        """Rather than numbers."""
+        return self.real and self.bits < 16
+
+    def forward(self, x: torch.Tensor, *, gated: bool = False) -> tuple[Activation, ...]:
+        """One activation per clip; of silu(first half of x) * second half if ``gated``, where it gives codes."""
+        if self.gives_codes:
             factors, kind = (self.left, self.right), (self.bits, self.symmetric)
             return tuple(
-                Codes(*kronecker_quantize(x, *factors, clip, *kind, *self._norming()), x) for clip in self.clip
+                Codes(*kronecker_quantize(x, *factors, clip, *kind, *self._norming(), gated=gated), x)
+                for clip in self.clip
             )
+        if self.bits >= 16:
+            return (self._transformed(x),)
         z = self._transformed(x)
         return tuple(fake(z, self.bits, symmetric=self.symmetric, clip=clip) for clip in self.clip)
 
@@ -135,6 +142,7 @@ class Heads(nn.Module):
         size: of the factor; 0: the identity. heads: of keys and values. head_dim: d.
         bits, symmetric: of keys and of values.
         offset: keys have a mean to subtract.
+        real: turn and transform in one launch, without gradients.
 
     Attributes:
         key, query: (d, d), P_h and P_h^-T, or None. offset: (heads, d) or None. k_clip, v_clip: (2,) float32.
@@ -155,11 +163,12 @@ class Heads(nn.Module):
         *,
         head_dim: int,
         offset: bool = False,
+        real: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.bits, self.symmetric = bits, symmetric
+        self.bits, self.symmetric, self.real = bits, symmetric, real
         for name in ("key", "query"):
             self.register_parameter(name, _identity(size, device, dtype))
         for name, width in (("k_clip", bits[0]), ("v_clip", bits[1])):
@@ -169,10 +178,17 @@ class Heads(nn.Module):
         if self.offset is not None and not self.offset.is_meta:
             nn.init.zeros_(self.offset)
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """q (B, H, L, d) and k (B, heads, L, d), both after the rotary embedding, transformed; not rounded."""
-        if self.key is not None:
-            q, k = q @ self.query.to(q.dtype), k @ self.key.to(k.dtype)
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """q (B, L, H, d), k (B, L, heads, d), turned by cos, sin (B or 1, L, d) and transformed: heads first."""
+        if self.key is None:
+            q, k = turned(q, cos, sin), turned(k, cos, sin)
+        elif self.real:
+            q, k = turn_heads(q, k, cos, sin, self.query.to(q.dtype), self.key.to(k.dtype))
+        else:
+            q, k = turned(q, cos, sin) @ self.query.to(q.dtype), turned(k, cos, sin) @ self.key.to(k.dtype)
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
         return q, k if self.offset is None else k - self.offset.to(k.dtype).unsqueeze(-2)
 
     def rounded(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

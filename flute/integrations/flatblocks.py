@@ -13,12 +13,14 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import IntegrationError
 from ..flatquant.fold import MODULE_OF, SITE_OF, BlockShape
+from ..flatquant.joint import join, joint_product, products
 from ..flatquant.learned import clips, rows_of, site_bits
-from ..flatquant.modules import Activation, DeferredNorm, Heads, IntLinear, Site
+from ..flatquant.modules import DeferredNorm, Heads, IntLinear, Site
 from ..flatquant.sizes import factor_sizes
 from ..flatquant.spec import FlatSpec
 from ..linear import LutLinear
@@ -33,7 +35,7 @@ class FlatAttention(nn.Module):
     """Attention whose inputs, keys, values and output go through transforms.
 
     Keys and values are transformed and rounded before they reach a cache, so any of transformers' caches holds what the
-    int4 cache would; that one rounds by itself.
+    int4 cache would; that one rounds by itself, which it says with an attribute ``rounds``.
 
     Args:
         attention: the module to take over. shape: of the block. modules: `Site`s and `Heads` by their names here.
@@ -42,7 +44,12 @@ class FlatAttention(nn.Module):
     input_transform: Site
     output_transform: Site
     heads: Heads
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
     o_proj: nn.Module
+    q_norm: nn.Module | None
+    k_norm: nn.Module | None
 
     def __init__(self, attention: Any, shape: BlockShape, modules: dict[str, nn.Module]) -> None:
         super().__init__()
@@ -52,6 +59,8 @@ class FlatAttention(nn.Module):
         self.attention_dropout = getattr(attention, "attention_dropout", 0.0)
         windows = attention if hasattr(attention, "sliding_window") else attention.config
         self.sliding_window = getattr(windows, "sliding_window", None)
+        for name in ("q_norm", "k_norm"):  # not every model has them
+            self.register_module(name, None)
         for name, child in [*attention.named_children(), *modules.items()]:
             self.add_module(name, child)
 
@@ -64,11 +73,13 @@ class FlatAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As transformers calls it: hidden (B, L, D) -> hidden, attention weights or None."""
-        inputs = self.input_transform(hidden_states)
-        q, k, v = (self._heads(name, inputs, index) for index, name in enumerate(("q", "k", "v")))
-        cos, sin = (part.unsqueeze(1) for part in position_embeddings)
-        q, k = self.heads(_rotated(q, cos, sin), _rotated(k, cos, sin))
-        if not isinstance(past_key_values, Int4Cache):
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        made = products(layers, self.input_transform(hidden_states))
+        q, k, v = (each.unflatten(-1, (-1, self.shape.head_dim)) for each in made)
+        q, k = (each if norm is None else norm(each) for each, norm in ((q, self.q_norm), (k, self.k_norm)))
+        q, k = self.heads(q, k, *position_embeddings)
+        v = v.transpose(1, 2)
+        if not getattr(past_key_values, "rounds", False):
             k, v = self.heads.rounded(k, v)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
@@ -81,16 +92,18 @@ class FlatAttention(nn.Module):
         out = out.reshape(*hidden_states.shape[:-1], -1).contiguous()
         return self.o_proj(self.output_transform(out)[0]), weights
 
-    def _heads(self, name: str, inputs: tuple[Activation, ...], index: int) -> torch.Tensor:
-        """(B, heads, L, d) of one projection, normed where the model does so."""
-        made = getattr(self, f"{name}_proj")(inputs[index % len(inputs)])
-        made = made.view(*made.shape[:-1], -1, self.shape.head_dim)
-        norm = getattr(self, f"{name}_norm", None)
-        return (made if norm is None else norm(made)).transpose(1, 2)
+    def join(self) -> None:
+        """Lay q, k and v together in memory; to be called when their weights are in place."""
+        join((self.q_proj, self.k_proj, self.v_proj))
+
+    def _apply(self, *arguments: Any, **keywords: Any) -> FlatAttention:
+        super()._apply(*arguments, **keywords)
+        self.join()
+        return self
 
 
 class FlatMLP(nn.Module):
-    """down(act(gate(x)) * up(x)) whose two inputs go through transforms."""
+    """down(act(gate(x)) * up(x)) whose two inputs go through transforms; the second does SiLU and product, too."""
 
     input_transform: Site
     down_transform: Site
@@ -101,20 +114,29 @@ class FlatMLP(nn.Module):
     def __init__(self, mlp: Any, modules: dict[str, nn.Module]) -> None:
         super().__init__()
         self.act_fn: Callable[[torch.Tensor], torch.Tensor] = mlp.act_fn
+        self.silu = isinstance(mlp.act_fn, (nn.SiLU, type(ACT2FN["silu"])))
         for name, child in [*mlp.named_children(), *modules.items()]:
             self.add_module(name, child)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, L, D) -> (B, L, D)."""
-        inputs = self.input_transform(x)
-        inner = self.act_fn(self.gate_proj(inputs[0])) * self.up_proj(inputs[-1])
-        return self.down_proj(self.down_transform(inner)[0])
+        layers, inputs = (self.gate_proj, self.up_proj), self.input_transform(x)
+        inner = joint_product(layers, inputs) if self.silu and self.down_transform.gives_codes else None
+        if inner is not None:
+            made = self.down_transform(inner, gated=True)
+        else:
+            gate, up = products(layers, inputs)
+            made = self.down_transform(self.act_fn(gate) * up)
+        return self.down_proj(made[0])
 
+    def join(self) -> None:
+        """Lay gate and up together in memory; to be called when their weights are in place."""
+        join((self.gate_proj, self.up_proj))
 
-def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """The rotary embedding of x (B, H, L, d) in halves (Su et al. 2021, RoPE)."""
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat((-second, first), -1) * sin
+    def _apply(self, *arguments: Any, **keywords: Any) -> FlatMLP:
+        super()._apply(*arguments, **keywords)
+        self.join()
+        return self
 
 
 def _eager(
@@ -192,7 +214,7 @@ def flatten(block: Any, spec: FlatSpec, *, transforms: bool = True, real: bool =
         )  # fmt: skip
     modules["self_attn"]["heads"] = Heads(
         shape.head_dim if transforms and spec.k_bits < 16 else 0, shape.kv_heads, (spec.k_bits, spec.v_bits),
-        (not spec.k_asym, not spec.v_asym), head_dim=shape.head_dim, offset=spec.key_offset, **where,
+        (not spec.k_asym, not spec.v_asym), head_dim=shape.head_dim, offset=spec.key_offset, real=real, **where,
     )  # fmt: skip
     for name, owner in zip(_NORMS, ("self_attn", "mlp"), strict=True) if real else ():
         norm = block.get_submodule(name)
@@ -252,7 +274,7 @@ def int4_cache(model: Any, tokens: int) -> Int4Cache:
     Raises:
         IntegrationError: the model's keys and values have other than 4 bits.
     """
-    heads = [cast(Heads, block.get_submodule("self_attn.heads")) for block in blocks_of(model)[1]]
+    heads = [part for part in model.get_decoder().modules() if isinstance(part, Heads)]  # one a block, in order
     if any(each.bits != (4, 4) for each in heads):
         raise IntegrationError(f"keys and values have {heads[0].bits} bits; the int4 cache is for 4 and 4")
     return Int4Cache(model.config, tokens, heads[0].symmetric, [(each.k_clip, each.v_clip) for each in heads])

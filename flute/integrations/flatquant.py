@@ -94,6 +94,7 @@ class FlatQuantHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from ..flatquant.modules import IntLinear
         from ..linear import LutLinear
+        from .flatblocks import FlatAttention, FlatMLP
         from .loading import finish_layer
 
         for name, layer in model.named_modules():
@@ -101,6 +102,9 @@ class FlatQuantHfQuantizer(HfQuantizer):
                 finish_layer(name, layer)
             elif isinstance(layer, IntLinear):
                 layer.arrange()
+        for layer in model.modules():
+            if isinstance(layer, (FlatAttention, FlatMLP)):
+                layer.join()
         return model
 
 

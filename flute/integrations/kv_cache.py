@@ -9,9 +9,8 @@ counted on the device: a step may be captured in a CUDA graph and replayed.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -26,6 +25,13 @@ from ..kernels.attention import Store, kv_append, kv_attention
 ATTENTION = "flute_int4"  # the name to give to set_attn_implementation
 _FEW_TOKENS = 8  # up to here a step reads codes; beyond, writing them out once and SDPA is faster
 Clips = tuple["torch.Tensor | None", "torch.Tensor | None"]
+
+
+class Held(NamedTuple):
+    """All keys, or values, of a layer as their codes; what a cache hands to the attention that reads them."""
+
+    store: Store
+    lengths: torch.Tensor
 
 
 class Int4Layer(StaticLayer):
@@ -50,20 +56,19 @@ class Int4Layer(StaticLayer):
             clip = None if clip is None else clip.detach().to(self.device, torch.float32)
             stores.append(Store.empty(batch, heads, self.max_cache_len, states.shape[-1], symmetric, self.device, clip))
         self.key_store, self.value_store = stores
-        cast(Any, self.key_store.codes).flute_layer = weakref.ref(self)
         self.is_initialized = True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Quantize and keep; returns all keys and values (B, H, max_cache_len, D), or their codes for `attention`."""
+    ) -> tuple[Any, Any]:
+        """Quantize and keep; returns all keys and values (B, H, max_cache_len, D), or `Held` codes for `attention`."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.counts:
             self.lengths.add_(key_states.shape[-2])
         kv_append(key_states, value_states, self.key_store, self.value_store, self.lengths)
         if self.reads_codes:
-            return self.key_store.codes, self.value_store.codes
+            return Held(self.key_store, self.lengths), Held(self.value_store, self.lengths)
         return self.key_store.dequantize(self.dtype), self.value_store.dequantize(self.dtype)
 
     def get_seq_length(self) -> int:
@@ -93,6 +98,8 @@ class Int4Layer(StaticLayer):
 class Int4Cache(Cache):
     """Quantized keys and values of a whole model.
 
+    It ``rounds`` by itself: blocks need not round what they give it.
+
     Args:
         config: the model's; says how many layers there are and which attention runs.
         max_cache_len: the most tokens of a sequence.
@@ -102,6 +109,8 @@ class Int4Cache(Cache):
     Raises:
         IntegrationError: clips do not fit the number of layers.
     """
+
+    rounds = True
 
     def __init__(
         self,
@@ -122,7 +131,7 @@ class Int4Cache(Cache):
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[Any, Any]:
         """As every cache of transformers; codes are handed out only to the attention that reads them."""
         self._own[layer_idx].reads_codes = self._config._attn_implementation == ATTENTION
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -136,8 +145,8 @@ class Int4Cache(Cache):
 def attention(
     module: nn.Module,
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    key: torch.Tensor | Held,
+    value: torch.Tensor | Held,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     sliding_window: int | None = None,
@@ -147,28 +156,31 @@ def attention(
 
     The mask of a step of few tokens may hide tokens on the left only (padded prompts), besides the causal ones.
     """
-    source = getattr(key, "flute_layer", None)
-    if source is None:
+    if not isinstance(key, Held) or not isinstance(value, Held):
+        assert isinstance(key, torch.Tensor) and isinstance(value, torch.Tensor)
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    layer = source()
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    reaches_back = sliding_window is None or sliding_window >= layer.max_cache_len
+    reaches_back = sliding_window is None or sliding_window >= key.store.codes.shape[2]
     if query.shape[2] <= _FEW_TOKENS and reaches_back and kwargs.get("softcap") is None:
         starts = None if attention_mask is None else _starts(attention_mask, query.shape[0])
-        mixed = kv_attention(query, layer.key_store, layer.value_store, layer.lengths, scaling, starts)
+        mixed = kv_attention(query, key.store, value.store, key.lengths, scaling, starts)
         return mixed.transpose(1, 2), None
-    key, value = layer.key_store.dequantize(query.dtype), layer.value_store.dequantize(query.dtype)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    keys, values = key.store.dequantize(query.dtype), value.store.dequantize(query.dtype)
+    return sdpa_attention_forward(module, query, keys, values, attention_mask, scaling=scaling, **kwargs)
 
 
 def _starts(mask: torch.Tensor, batch: int) -> torch.Tensor:
-    """int32 (B,): the first token that the last query may see. Found once a step: all layers get the same mask."""
-    found = getattr(mask, "flute_starts", None)
+    """int32 (B,): the first token that the last query may see. Found once a step: all layers get the same mask.
+
+    (Compilers make equal expressions one, and trace no attribute.)
+    """
+    found = None if torch.compiler.is_compiling() else getattr(mask, "flute_starts", None)
     if found is None:
         last = mask[:, 0, -1]
         visible = last if last.dtype == torch.bool else last == 0
         found = visible.int().argmax(-1).to(torch.int32).expand(batch).contiguous()
-        cast(Any, mask).flute_starts = found
+        if not torch.compiler.is_compiling():
+            cast(Any, mask).flute_starts = found
     return found
 
 

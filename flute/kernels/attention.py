@@ -1,26 +1,18 @@
 """An int4 cache of keys and values: ``flute::kv_append`` quantizes into it, ``flute::kv_attention`` reads it.
 
-A `Store` holds keys, or values, of one layer: per token and head D codes of 4 bits, a float16 scale, and unless it is
-symmetric an int16 zero; value ~ scale (code - zero), rules as in `tokens.quantize_rows`. Bytes a number, D = 128:
-(64 + 2 or 4) / 128, which is 0.258 or 0.266 of 16-bit floats. Heads are those of the keys, never repeated for queries.
-
-    codes uint8 (P, H, S, D / 2)   scale float16 (P, H, S)   zero int16 (P, H, S)
-
-P pages of S slots. Without a page table sequence b lies in page b (a static cache); with one, its token i lies in slot
+A `Store` holds keys, or values, of one layer in P pages of S slots. Heads are those of the keys, never repeated for
+queries. Without a page table sequence b lies in page b (a static cache); with one, its token i lies in slot
 i % S of page table[b, i / S]. Lengths, which always count the step's own T tokens too, stay on the device, so that a
 step needs no host and can be captured.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from ..errors import OperatorError
 from . import attention_cuda
-from .integer import pack_nibbles, unpack_nibbles
-from .tokens import quantize_rows
+from .store import Store, dequantize, quantize_heads
 
 _library = torch.library.Library("flute", "FRAGMENT")
 _library.define(
@@ -32,63 +24,6 @@ _library.define(
     "kv_attention(Tensor query, Tensor key_codes, Tensor key_scale, Tensor? key_zero, Tensor value_codes, "
     "Tensor value_scale, Tensor? value_zero, Tensor lengths, Tensor? starts, Tensor? table, float scaling) -> Tensor"
 )
-
-
-@dataclass
-class Store:
-    """Quantized keys, or values, of one layer, as above; ``clip``: (2,) ratios of (largest, smallest), or None."""
-
-    codes: torch.Tensor
-    scale: torch.Tensor
-    zero: torch.Tensor | None
-    clip: torch.Tensor | None = None
-
-    @classmethod
-    def empty(
-        cls,
-        pages: int,
-        heads: int,
-        slots: int,
-        head_dim: int,
-        symmetric: bool,
-        device: torch.device | str | None = None,
-        clip: torch.Tensor | None = None,
-    ) -> Store:
-        """Room for pages * slots tokens of ``heads`` heads, zeros."""
-        if head_dim % 2:
-            raise OperatorError(f"flute.Store: head_dim={head_dim}; two codes share a byte, so it must be even")
-        shape = (pages, heads, slots)
-        zero = None if symmetric else torch.zeros(shape, dtype=torch.int16, device=device)
-        codes = torch.zeros((*shape, head_dim // 2), dtype=torch.uint8, device=device)
-        return cls(codes, torch.ones(shape, dtype=torch.float16, device=device), zero, clip)
-
-    @property
-    def nbytes(self) -> int:
-        """Of codes, scales and zeros."""
-        return sum(one.nbytes for one in (self.codes, self.scale, self.zero) if one is not None)
-
-    def dequantize(self, dtype: torch.dtype, table: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, H, L, D): every slot of every sequence, also those nothing was written to."""
-        return _dequantize(self.codes, self.scale, self.zero, table).to(dtype)
-
-
-def quantize_heads(x: torch.Tensor, symmetric: bool, clip: torch.Tensor | None = None) -> Store:
-    """Codes, scales and zeros of keys or values x (B, H, T, D) as a cache would hold them: a `Store` of B pages."""
-    codes, scale, zero = quantize_rows(x, 4, symmetric, clip, torch.float16)
-    return Store(pack_nibbles(codes), scale, None if zero is None else zero.clamp(-32768, 32767).to(torch.int16), clip)
-
-
-def _dequantize(
-    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, table: torch.Tensor | None
-) -> torch.Tensor:
-    """float32 (B, H, L, D)."""
-    values = unpack_nibbles(codes).float()
-    if zero is not None:
-        values -= zero.float()[..., None]
-    values *= scale.float()[..., None]
-    if table is None:
-        return values
-    return values[table.long()].transpose(1, 2).flatten(2, 3)  # (B, pages, H, S, D)
 
 
 # ---- checks --------------------------------------------------------------------------------------------------------
@@ -259,8 +194,8 @@ def _attention(
     scaling: float,
 ) -> torch.Tensor:
     _check_attention(query, key_codes, key_scale, key_zero, value_codes, value_scale, value_zero, lengths, table)
-    key = _dequantize(key_codes, key_scale, key_zero, table)
-    value = _dequantize(value_codes, value_scale, value_zero, table)
+    key = dequantize(key_codes, key_scale, key_zero, table)
+    value = dequantize(value_codes, value_scale, value_zero, table)
     batch, many, tokens, dim = query.shape
     heads, slots = key.shape[1:3]
     grouped = query.float().reshape(batch, heads, many // heads * tokens, dim)

@@ -1,4 +1,4 @@
-"""Launches of ``cuda/kv_append.cu`` and ``cuda/kv_attention.cu``, and which caches they take."""
+"""Launches of ``cuda/kv_append.cu``, ``kv_attention.cu`` and ``kv_dequantize.cu``, and which caches they take."""
 
 from __future__ import annotations
 
@@ -80,9 +80,24 @@ def append(
     cuda._launch(device, config, kernel, *rows, *stores, lengths.data_ptr(), cuda._pointer(table), *sizes)
 
 
+def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """As `store.Store.dequantize` without a page table; all contiguous."""
+    device, dim = codes.get_device(), 2 * codes.shape[-1]
+    out = torch.empty(*codes.shape[:-1], dim, dtype=dtype, device=codes.device)
+    if out.numel() == 0:
+        return out
+    pieces = out.numel() // 8
+    macros = (("BF16", int(dtype == torch.bfloat16)), ("SYMMETRIC", int(zero is None)))
+    kernel = cuda._kernel(device, "kv_dequantize.cu", macros, "kv_dequantize")
+    config = cuda._config((ceil(pieces / 256), 1), 256, 0, 1, False)
+    pointers = (codes.data_ptr(), scale.data_ptr(), cuda._pointer(zero), out.data_ptr())
+    cuda._launch(device, config, kernel, *pointers, pieces, dim // 8)
+    return out
+
+
 def parts(sequences: int, row_blocks: int, capacity: int, sms: int) -> int:
-    """In how many parts the cache is cut: enough blocks for all SMs, none that has nothing to do."""
-    wanted = ceil(_BLOCKS_PER_SM * sms / (sequences * row_blocks))
+    """In how many parts the cache is cut: as many blocks as run at once, none that has nothing to do."""
+    wanted = _BLOCKS_PER_SM * sms // (sequences * row_blocks)
     return max(1, min(wanted, capacity // _FEWEST_POSITIONS))
 
 

@@ -23,7 +23,7 @@ from .boxes import tensor_map
 
 _MINIMUM_CAPABILITY = (8, 0)
 _FILES: dict[type, str] = {plan.Plan: "decode.cu", tiles.Tiling: "matmul.cu", mma.Tiling: "mma.cu"}
-_LARGE = ("lut_decode", "lut_matmul", "lut_mma", "hadamard", "int_decode", "int_matmul", "kronecker", "kv_attention")
+_LARGE = ("lut_decode", "lut_m", "hadamard", "int_", "kronecker", "turn_heads", "kv_attention")  # names begin so
 _thread = threading.local()
 
 
@@ -88,7 +88,7 @@ def _target(device: int, file: str) -> str:
 @cache
 def _kernel(device: int, file: str, macros: tuple[tuple[str, int], ...], name: str) -> Any:
     kernel = jit.load(file, macros, _target(device, file), name)
-    if name in _LARGE:  # more than 48 KiB of shared memory must be asked for
+    if name.startswith(_LARGE):  # more than 48 KiB of shared memory must be asked for
         from cuda.bindings import driver
 
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES

@@ -1,4 +1,4 @@
-"""Heads of keys and queries turned by their position and transformed, ``flute::turn_heads``: one launch.
+"""Heads of queries and keys turned by their position and transformed, ``flute::turn_heads``: one launch for both.
 
     y (..., H, D) = rotary(x) . matrix (D, D)        rotary(x) = x cos + (-x[D/2:], x[:D/2]) sin
 
@@ -15,38 +15,60 @@ from ..errors import OperatorError
 from . import tokens_cuda
 
 _library = torch.library.Library("flute", "FRAGMENT")
-_library.define("turn_heads(Tensor x, Tensor cos, Tensor sin, Tensor matrix) -> Tensor")
+_library.define("turn_heads(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor query, Tensor key) -> (Tensor, Tensor)")
 
 
-def _check(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, matrix: torch.Tensor) -> None:
-    if x.dim() < 2 or x.shape[-1] % 2 or not x.is_floating_point():
-        raise OperatorError(f"flute.turn_heads: x {tuple(x.shape)} {x.dtype}; needs (..., heads, an even head_dim)")
-    shape, dim = (*x.shape[:-2], x.shape[-1]), x.shape[-1]
-    for name, one, wanted in (("cos", cos, shape), ("sin", sin, shape), ("matrix", matrix, (dim, dim))):
-        if tuple(one.shape) != wanted or one.dtype != x.dtype or one.device != x.device:
+def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """The rotary embedding of x (..., H, D) in halves (Su et al. 2021, RoPE), cos and sin (..., D). Plain torch."""
+    low, high = x.chunk(2, -1)
+    return x * cos.unsqueeze(-2) + torch.cat((-high, low), -1) * sin.unsqueeze(-2)
+
+
+def _check(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+) -> None:
+    if q.dim() < 2 or q.shape[-1] % 2 or not q.is_floating_point():
+        raise OperatorError(f"flute.turn_heads: q {tuple(q.shape)} {q.dtype}; needs (..., heads, an even head_dim)")
+    places, dim = q.shape[:-2], q.shape[-1]
+    angles = (1, *places[1:], dim) if places and cos.shape[:1] == (1,) else (*places, dim)
+    wanted = {
+        "k": (k, (*places, *k.shape[-2:-1], dim)), "cos": (cos, angles), "sin": (sin, angles),
+        "query": (query, (dim, dim)), "key": (key, (dim, dim)),
+    }  # fmt: skip
+    for name, (one, shape) in wanted.items():
+        if tuple(one.shape) != shape or one.dtype != q.dtype or one.device != q.device:
             raise OperatorError(
-                f"flute.turn_heads: {name} {tuple(one.shape)} {one.dtype} on {one.device}; needs {wanted} {x.dtype} "
-                f"on {x.device}"
+                f"flute.turn_heads: {name} {tuple(one.shape)} {one.dtype} on {one.device}; needs {shape} {q.dtype} "
+                f"on {q.device}"
             )
 
 
-def _turn_heads(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    _check(x, cos, sin, matrix)
-    low, high = x.chunk(2, -1)
-    turned = x * cos[..., None, :] + torch.cat((-high, low), -1) * sin[..., None, :]
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return (turned.to(wide) @ matrix.to(wide)).to(x.dtype)
+def _turn_heads(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _check(q, k, cos, sin, query, key)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    first, second = (
+        (turned(x, cos, sin).to(wide) @ matrix.to(wide)).to(x.dtype) for x, matrix in ((q, query), (k, key))
+    )
+    return first, second
 
 
-def _turn_heads_cuda(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    _check(x, cos, sin, matrix)
-    found = tokens_cuda.problem(x, x.shape[-2], x.shape[-1], None, matrix, None, turn=True)
-    return _turn_heads(x, cos, sin, matrix) if found is None else tokens_cuda.turn_heads(found, x, cos, sin, matrix)
+def _turn_heads_cuda(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _check(q, k, cos, sin, query, key)
+    found = tokens_cuda.heads_problem(q, k)
+    if found is None:
+        return _turn_heads(q, k, cos, sin, query, key)
+    return tokens_cuda.turn_heads(found, q, k, cos, sin, query, key)
 
 
-def _turn_heads_fake(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    _check(x, cos, sin, matrix)
-    return x.new_empty(x.shape)
+def _turn_heads_fake(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _check(q, k, cos, sin, query, key)
+    return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
 _library.impl("turn_heads", _turn_heads, "CompositeExplicitAutograd")
@@ -54,19 +76,23 @@ _library.impl("turn_heads", _turn_heads_cuda, "CUDA")
 torch.library.register_fake("flute::turn_heads", _turn_heads_fake, lib=_library)
 
 
-def turn_heads(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+def turn_heads(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotary embedding and a transform of every head, as above.
 
     Args:
-        x: (..., H, D), tokens before heads, as a projection leaves them; float16 or bfloat16 (others in plain torch).
-        cos: (..., D) in x's dtype, of each token, as transformers' rotary embeddings give it.
+        q: (..., H, D), tokens before heads, as a projection leaves them; float16 or bfloat16 (others in plain torch).
+        k: (..., heads of keys, D) in q's dtype; both may be parts of one wider row.
+        cos: (..., D) in q's dtype, of each token, as transformers' rotary embeddings give it; the first dimension may
+            be 1 where positions of all sequences are the same.
         sin: the same.
-        matrix: (D, D) in x's dtype.
+        query, key: (D, D) in q's dtype, the matrices of q and of k.
 
     Returns:
-        (..., H, D) in x's dtype, contiguous; the same bits on every run.
+        Both, in their shapes, contiguous; the same bits on every run.
 
     Raises:
         OperatorError: shapes, dtypes or devices do not fit.
     """
-    return torch.ops.flute.turn_heads(x, cos, sin, matrix)
+    return torch.ops.flute.turn_heads(q, k, cos, sin, query, key)

@@ -8,6 +8,8 @@ One launch of ``cuda/kronecker.cu`` on CUDA; plain torch where its registers or 
 ``left`` (n1, n1) or ``right`` (n2, n2) may be absent, which is the identity and costs nothing. All kernels agree with
 the reference here code for code, wherever sums are exact, because every rounding has its place:
 
+* gate (optional, of an MLP's inner layer): x (2 n) becomes silu(x[:n]) x[n:]; silu(g) = g / (1 + e^-g) in float32,
+  rounded to x's dtype, and so is the product.
 * norm (optional): x / sqrt(mean(x^2) + eps) in float32, rounded to x's dtype, times the weight, rounded again, which is
   what transformers' RMSNorm does.
 * X . right and left^T . Y multiply numbers of x's dtype and add in float32. The middle product is rounded to x's dtype
@@ -21,6 +23,7 @@ the reference here code for code, wherever sums are exact, because every roundin
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from ..errors import OperatorError
 from . import tokens_cuda
@@ -28,7 +31,7 @@ from . import tokens_cuda
 _library = torch.library.Library("flute", "FRAGMENT")
 _library.define(
     "kronecker_quantize(Tensor x, Tensor? left, Tensor? right, Tensor? clip, int bits, bool symmetric, "
-    "Tensor? norm_weight, float eps) -> (Tensor, Tensor, Tensor)"
+    "Tensor? norm_weight, float eps, bool gated=False) -> (Tensor, Tensor, Tensor)"
 )
 _library.define("kronecker(Tensor x, Tensor? left, Tensor? right, Tensor? norm_weight, float eps) -> Tensor")
 
@@ -36,6 +39,12 @@ Quantized = tuple[torch.Tensor, torch.Tensor, "torch.Tensor | None"]
 
 
 # ---- the definition ------------------------------------------------------------------------------------------------
+
+
+def gate(x: torch.Tensor) -> torch.Tensor:
+    """silu(first half) times second half of x (..., 2 n): (..., n)."""
+    first, second = x.chunk(2, -1)
+    return F.silu(first) * second
 
 
 def transform(
@@ -109,14 +118,25 @@ def _factors(n: int, left: torch.Tensor | None, right: torch.Tensor | None) -> t
     return (1, n) if right is None else (n // right.shape[0], right.shape[0])
 
 
+def _features(x: torch.Tensor, gated: bool) -> int:
+    """n."""
+    return x.shape[-1] // 2 if gated else x.shape[-1]
+
+
 def _check(
-    x: torch.Tensor, left: torch.Tensor | None, right: torch.Tensor | None, norm_weight: torch.Tensor | None
+    x: torch.Tensor,
+    left: torch.Tensor | None,
+    right: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    gated: bool = False,
 ) -> None:
     if x.dim() == 0 or x.shape[-1] == 0:
         _refuse(f"x {tuple(x.shape)} has no last dimension of features")
     if not x.is_floating_point():
         _refuse(f"x is {x.dtype}; use float16, bfloat16, float32 or float64")
-    n = x.shape[-1]
+    if gated and x.shape[-1] % 2:
+        _refuse(f"x {tuple(x.shape)} is gated, so its last dimension must be even: gates, then what they multiply")
+    n = _features(x, gated)
     for name, factor in (("left", left), ("right", right)):
         if factor is None:
             continue
@@ -149,9 +169,11 @@ def _quantize(
     symmetric: bool,
     norm_weight: torch.Tensor | None,
     eps: float,
+    gated: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    _check(x, left, right, norm_weight)
+    _check(x, left, right, norm_weight, gated)
     _check_quantizer(clip, bits, x)
+    x = gate(x) if gated else x
     codes, scale, zero = quantize_rows(transform(x, left, right, norm_weight, eps), bits, symmetric, clip)
     return codes, scale, x.new_empty(0, dtype=torch.int32) if zero is None else zero
 
@@ -165,12 +187,14 @@ def _quantize_cuda(
     symmetric: bool,
     norm_weight: torch.Tensor | None,
     eps: float,
+    gated: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    _check(x, left, right, norm_weight)
+    _check(x, left, right, norm_weight, gated)
     _check_quantizer(clip, bits, x)
-    problem = tokens_cuda.problem(x, *_factors(x.shape[-1], left, right), left, right, norm_weight)
+    sizes = _factors(_features(x, gated), left, right)
+    problem = tokens_cuda.problem(x, *sizes, left, right, norm_weight, gated=gated)
     if problem is None:
-        return _quantize(x, left, right, clip, bits, symmetric, norm_weight, eps)
+        return _quantize(x, left, right, clip, bits, symmetric, norm_weight, eps, gated)
     return tokens_cuda.quantize(problem, x, left, right, clip, bits, symmetric, norm_weight, eps)
 
 
@@ -183,11 +207,11 @@ def _quantize_fake(
     symmetric: bool,
     norm_weight: torch.Tensor | None,
     eps: float,
+    gated: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    _check(x, left, right, norm_weight)
+    _check(x, left, right, norm_weight, gated)
     _check_quantizer(clip, bits, x)
-    n = x.shape[-1]
-    m = x.numel() // n
+    n, m = _features(x, gated), x.numel() // x.shape[-1]
     zeros = x.new_empty(0 if symmetric else m, dtype=torch.int32)
     return x.new_empty((m, n), dtype=torch.int8), x.new_empty(m, dtype=torch.float32), zeros
 
@@ -245,17 +269,20 @@ def kronecker_quantize(
     symmetric: bool = True,
     norm_weight: torch.Tensor | None = None,
     eps: float = 1e-6,
+    *,
+    gated: bool = False,
 ) -> Quantized:
     """Codes of x . (left (x) right), one scale a token; on CUDA one launch.
 
     Args:
-        x: (..., n), float16 or bfloat16 (float32 and float64 too, in plain torch).
+        x: (..., n), float16 or bfloat16 (float32 and float64 too, in plain torch); (..., 2 n) if gated.
         left: (n1, n1) in x's dtype, or None for the identity.
         right: (n2, n2) in x's dtype, or None.
         clip: (2,), ratios that (largest, smallest) value of a token are multiplied by, or None.
         bits: 2 to 8.
         norm_weight: (n,), RMSNorm comes first; None for no norm.
         eps: RMSNorm's.
+        gated: silu(first half of x) * second half comes first.
 
     Returns:
         int8 codes (M, n) between -2^(bits-1) and 2^(bits-1) - 1, float32 scales (M,), and int32 zeros (M,), None if
@@ -264,7 +291,9 @@ def kronecker_quantize(
     Raises:
         OperatorError: shapes, dtypes or devices do not fit.
     """
-    codes, scale, zero = torch.ops.flute.kronecker_quantize(x, left, right, clip, bits, symmetric, norm_weight, eps)
+    codes, scale, zero = torch.ops.flute.kronecker_quantize(
+        x, left, right, clip, bits, symmetric, norm_weight, eps, gated
+    )
     return codes, scale, None if symmetric else zero
 
 

@@ -18,6 +18,7 @@ from ..flatquant.learned import Learned
 from ..flatquant.modules import Site, unrounded_cache
 from ..flatquant.sizes import factor_sizes
 from ..flatquant.spec import FlatSpec
+from ..kernels.heads import turned
 
 STARTS: dict[str, Callable[[int], Parts] | None] = {"moments": None, "hadamard": hadamard, "identity": identity}
 DIAGONALS = ("sq_style", "one_style")
@@ -73,7 +74,7 @@ def watch(block: nn.Module, run: Callable[[int], Any], batches: int) -> Seen:
         parts[name].append(rows[:: max(1, len(rows) // quota)][:quota].clone())
 
     def heads(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-        q, k = arguments
+        q, k = (turned(x, *arguments[2:]).transpose(1, 2) for x in arguments[:2])  # what transforms get
         keep("query", q)
         keep("key", k)
         means.append(k.mean((0, 2)))

@@ -1,0 +1,52 @@
+"""Layers that get one activation (q, k, v; gate, up): one product for all of them.
+
+Parameters keep their names and shapes; on a GPU they become neighbours in memory, which makes the product one launch
+(`flute.kernels.integer_joined`). Layers that clip the activation differently, or are no integer layers, stay apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ..kernels.integer_joined import int_linears, lay_together
+from .modules import Activation, Codes, IntLinear
+
+
+def join(layers: Sequence[nn.Module], *, anywhere: bool = False) -> None:
+    """Lay the parameters of integer layers together, on a GPU or (to try it out) ``anywhere``.
+
+    To be called again when they have moved; until then each layer launches for itself.
+    """
+    integer = [layer for layer in layers if isinstance(layer, IntLinear)]
+    if len(integer) < len(layers) or not (integer[0].weight.is_cuda or anywhere):
+        return
+    rows = [layer.out_features for layer in integer]
+    biases = [layer.bias for layer in integer if layer.bias is not None]
+    for tensors in ([layer.weight for layer in integer], [layer.weight_scale for layer in integer], biases):
+        if len(tensors) == len(integer):
+            lay_together(tensors, rows)
+
+
+def joint_product(layers: Sequence[nn.Module], inputs: Sequence[Activation]) -> torch.Tensor | None:
+    """y (..., N1 + N2 + ...) of integer layers that share one symmetric activation; None if these do not."""
+    given = inputs[0]
+    if len(inputs) > 1 or not isinstance(given, Codes) or given.zero is not None:
+        return None
+    integer = [layer for layer in layers if isinstance(layer, IntLinear)]
+    biases = [layer.bias for layer in integer if layer.bias is not None]
+    if len(integer) < len(layers) or len(biases) not in (0, len(layers)):
+        return None
+    weights, scales = [layer.weight for layer in integer], [layer.weight_scale for layer in integer]
+    y = int_linears(given.codes, given.scale, weights, scales, biases, given.like.dtype)
+    return y.view(*given.like.shape[:-1], -1)
+
+
+def products(layers: Sequence[nn.Module], inputs: Sequence[Activation]) -> list[torch.Tensor]:
+    """What each layer makes of the activation, one for all of them or one for each."""
+    whole = joint_product(layers, inputs)
+    if whole is None:
+        return [layer(inputs[place % len(inputs)]) for place, layer in enumerate(layers)]
+    return list(whole.split([layer.out_features for layer in layers if isinstance(layer, IntLinear)], -1))

@@ -1,0 +1,153 @@
+"""Layers of one activation multiplied together: the same bits as apart; a FlatQuant block as one compiled graph."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import AutoConfig
+
+from flute.bench import decoder
+from flute.bench.flat import flat_model, flat_spec
+from flute.flatquant.joint import join, joint_product, products
+from flute.flatquant.modules import Codes, IntLinear
+from flute.integrations.flatblocks import blocks_of, int4_cache
+from flute.kernels.integer import pack_nibbles
+from flute.kernels.joined import neighbours
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 50, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def layers(rows: tuple[int, ...], bits: int, bias: bool = False, k: int = 128) -> list[IntLinear]:
+    made = [IntLinear(k, n, bits, bias=bias, dtype=torch.float16) for n in rows]
+    for layer in made:
+        codes = torch.randint(-8, 8, (layer.out_features, k), dtype=torch.int8)
+        layer.weight.data = pack_nibbles(codes) if bits == 4 else codes
+        layer.weight_scale.data = torch.rand(layer.out_features)
+        if bias:
+            layer.bias.data = torch.randn(layer.out_features).half()  # type: ignore[union-attr]
+    return made
+
+
+def activation(m: int, k: int = 128, device: str = "cpu") -> Codes:
+    codes = torch.randint(-8, 8, (m, k), dtype=torch.int8, device=device)
+    return Codes(codes, torch.rand(m, device=device), None, torch.empty(m, 1, k, dtype=torch.float16, device=device))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bias", [False, True])
+def test_together_as_apart(bits: int, bias: bool) -> None:
+    made, given = layers((32, 16, 12), bits, bias), activation(3)
+    wanted = [layer(given) for layer in made]
+    before = [{name: tensor.clone() for name, tensor in layer.state_dict().items()} for layer in made]
+    for joined in (False, True):
+        if joined:
+            join(made, anywhere=True)
+            assert neighbours([layer.weight.detach() for layer in made]) is not None
+        assert all(map(torch.equal, products(made, [given]), wanted))
+    for layer, state in zip(made, before, strict=True):
+        assert all(torch.equal(tensor, state[name]) for name, tensor in layer.state_dict().items())
+
+
+def test_what_stays_apart() -> None:
+    made, given = layers((20, 16), 4), activation(3)
+    join(made, anywhere=True)  # 20 rows are no whole tiles
+    assert neighbours([layer.weight.detach() for layer in made]) is None
+    assert all(map(torch.equal, products(made, [given]), [layer(given) for layer in made]))
+    assert joint_product(made, [given, given]) is None  # each clips for itself
+    assert joint_product(made, [given._replace(zero=torch.zeros(3, dtype=torch.int32))]) is None
+    assert joint_product([*made, torch.nn.Linear(128, 4)], [given]) is None
+
+
+def test_opcheck() -> None:
+    made, given = layers((32, 16), 4, bias=True), activation(3)
+    parameters = [[getattr(layer, name).detach() for layer in made] for name in ("weight", "weight_scale", "bias")]
+    torch.library.opcheck(torch.ops.flute.int_linears, (given.codes, given.scale, *parameters, torch.float16))
+
+
+def random_model(method: str = "flatquant", device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    return flat_model(AutoConfig.for_model("llama", **SIZES), flat_spec(method), dtype, device)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_gate_is_part_of_the_transform(dtype: torch.dtype) -> None:
+    """What the block launches is, bit for bit, the MLP written out."""
+    mlp = blocks_of(random_model(dtype=dtype))[1][0].mlp
+    x = torch.randn(2, 3, 64).to(dtype)
+    (given,) = mlp.input_transform(x)
+    inner = mlp.act_fn(mlp.gate_proj(given)) * mlp.up_proj(given)
+    assert torch.equal(mlp(x), mlp.down_proj(mlp.down_transform(inner)[0]))
+    mlp.silu = False
+    assert torch.equal(mlp(x), mlp.down_proj(mlp.down_transform(inner)[0]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["flatquant", "flatquant-w8a8"])
+def test_all_layers_are_one_graph(method: str) -> None:
+    """A decode step's layers compile once, without a break, and compute what they do uncompiled."""
+    model, tokens = random_model(method), []
+    decoder.share_layer_step(model, compiled=False)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    step = torch.compile(decoder._layer_step, backend=counter, fullgraph=True)
+    for compiled in (False, True):
+        for layer in model.get_decoder().layers:
+            layer.step = step if compiled else decoder._layer_step
+        torch.manual_seed(1)
+        steps = decoder.Decoder(model, 2, 4, room=8)
+        for _ in range(2):
+            steps.step()
+            tokens.append(steps.tokens.clone())
+    assert counter.frame_count == 1
+    assert torch.equal(torch.cat(tokens[:2]), torch.cat(tokens[2:]))
+
+
+@torch.no_grad()
+def test_a_step_on_the_int4_cache_has_no_break() -> None:
+    """What users compile: the model itself, `Int4Cache` as it is."""
+    model, ids = random_model(), torch.randint(0, 50, (2, 6))
+    model.set_attn_implementation("flute_int4")
+    caches = [int4_cache(model, 32) for _ in range(2)]
+    for cache in caches:
+        model(ids, past_key_values=cache)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    both = zip((compiled, model), caches, strict=True)
+    found, wanted = (each(ids[:, :1], past_key_values=cache) for each, cache in both)
+    assert torch.equal(found.logits, wanted.logits)
+    assert int(caches[0].get_seq_length()) == int(caches[1].get_seq_length()) == 7
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("m", [1, 16, 300])
+def test_joint_layers_on_a_gpu(bits: int, m: int) -> None:
+    """One launch gives each layer's bits, and those of the CPU; moving keeps what a state dict shows."""
+    made, given = layers((64, 32, 24), bits, bias=True), activation(m)
+    here = [layer(given) for layer in made]
+    there = [layer.cuda() for layer in made]
+    on_gpu = Codes(given.codes.cuda(), given.scale.cuda(), None, given.like.cuda())
+    apart = [layer(on_gpu) for layer in there]
+    join(there)
+    assert neighbours([layer.weight.detach() for layer in there]) is not None
+    together = products(there, [on_gpu])
+    assert all(map(torch.equal, together, apart)) and all(map(torch.equal, [y.cpu() for y in together], here))
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_joint_models_on_a_gpu() -> None:
+    """Loaded or moved, q, k, v and gate, up are neighbours; a moved model has the same tensors."""
+    model = random_model(dtype=torch.float16)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.cuda()
+    for block in blocks_of(model)[1]:
+        for names, owner in ((("q_proj", "k_proj", "v_proj"), block.self_attn), (("gate_proj", "up_proj"), block.mlp)):
+            assert neighbours([owner.get_submodule(name).weight.detach() for name in names]) is not None
+    assert all(torch.equal(tensor.cpu(), state[name]) for name, tensor in model.state_dict().items())
+    assert torch.isfinite(model(torch.zeros(1, 4, dtype=torch.long, device="cuda")).logits).all()
