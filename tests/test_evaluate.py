@@ -1,6 +1,7 @@
 """`flute eval`: against the dense model on a text, and on a task of lm-eval, with the quantized embedded model."""
 
 import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from test_cli import flute
 
 from flute.checkpoint import streaming
 from flute.checkpoint.plan import make_plan
+from flute.commands import flat_published
 from flute.config import ModelSpec
 from flute.errors import FluteError
 from flute.evaluate import tasks
@@ -150,10 +152,38 @@ def test_nothing_to_evaluate_on(options: list[str], message: str, capsys: pytest
     assert code == 1 and out == "" and message in err and err.count("\n") == 1
 
 
-def test_without_lm_eval(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_published_benchmark(task_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The dense model and a FlatQuant checkpoint, its integer layers in use, in one table."""
+    pytest.importorskip("lm_eval")
+    from flute.flatquant.matrices import Matrices
+    from flute.flatquant.spec import PRESETS
+    from flute.integrations.flatquant import mark_flat
+    from flute.methods.flatquant import apply
+
+    main = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "benchmark_lm_eval.py"))["main"]
+    flags = ["--lm_eval_batch_size", "4", "--tasks", "next_word", "--task_dir", str(task_dir)]
+    flags += ["--output_dir", str(tmp_path / "outputs")]
+    assert main(flags) == 1 and "--quantized_save" in capsys.readouterr().err
+    out = tmp_path / "outputs" / "tiny" / "w4a4" / "exp" / "quantized"
+    model, tokenizer = folders.load(folders.find("tiny"), dtype=torch.float32)
+    apply(model, PRESETS["w8a8"], [Matrices()] * 8)
+    mark_flat(model, PRESETS["w8a8"])
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    assert main([*flags, "--model", "tiny"]) == 0
+    table = {row[0]: row[1:] for row in map(str.split, capsys.readouterr().out.splitlines()) if row}
+    (wanted,) = tasks.run_tasks(model, tokenizer, ["next_word"], task_dir=task_dir, quiet=True)
+    assert table["model"] == ["next_word", "mean"] and "tiny" in table
+    assert table[str(out)] == 2 * [f"{100 * tasks.accuracy(wanted):.2f}"]
+
+
+def test_without_lm_eval(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     code, _, err = flute("eval", "tiny", "--tasks", "piqa", capsys=capsys)
     assert code == 1 and "flute-engine[eval]" in err
+    published = ["--model", "tiny", "--lm_eval", "--cali_dataset", "nowhere", "--output_dir", str(tmp_path)]
+    assert flat_published.main(published) == 1  # before anything is read or calibrated
+    assert "flute-engine[eval]" in capsys.readouterr().err
 
 
 def test_the_accuracy_of_papers() -> None:

@@ -1,15 +1,18 @@
 """FlatQuant models on a GPU, beside what the same checkpoint computes on a CPU."""
 
+import copy
 from pathlib import Path
 
 import pytest
 import tiny_models
 import torch
 
-from flute.flatquant.modules import IntLinear
+from flute.flatquant.modules import Codes, IntLinear, Site
+from flute.flatquant.rounding import codes, grid
 from flute.flatquant.spec import PRESETS, FlatSpec
 from flute.integrations.flatblocks import int4_cache
 from flute.integrations.flatquant import mark_flat
+from flute.kernels.tokens import quantize_rows
 from flute.methods.flat_train import Schedule
 from flute.methods.flatquant import apply, calibrate
 
@@ -29,6 +32,22 @@ def saved(folder: Path, spec: FlatSpec) -> None:
     model.save_pretrained(folder)
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_grids_are_the_same_bits_on_both(bits: int, symmetric: bool, dtype: torch.dtype) -> None:
+    x = torch.randn(20000, 64, generator=torch.Generator().manual_seed(0))
+    clip = torch.tensor([0.9, 0.8])
+    here = grid(x, bits, symmetric=symmetric, clip=clip, dtype=dtype)
+    there = grid(x.cuda(), bits, symmetric=symmetric, clip=clip.cuda(), dtype=dtype)
+    assert torch.equal(here.scale, there.scale.cpu())
+    assert torch.equal(codes(x, here, bits), codes(x.cuda(), there, bits).cpu())
+    units, scale, _ = quantize_rows(x.cuda(), bits, symmetric, clip.cuda(), dtype)  # the kernels' definition
+    shift = 0 if symmetric else 1 << (bits - 1)
+    assert torch.equal(codes(x.cuda(), there, bits) - shift, units.float())
+    assert torch.equal(scale.float(), there.scale.squeeze(-1))
+
+
 @pytest.mark.parametrize("preset", ["w4a8kv4", "w8a8", "w4a16"])
 def test_a_gpu_computes_what_a_cpu_does(preset: str, tmp_path: Path) -> None:
     saved(tmp_path, PRESETS[preset])
@@ -39,6 +58,39 @@ def test_a_gpu_computes_what_a_cpu_does(preset: str, tmp_path: Path) -> None:
     assert all(torch.equal(states[0][name].cpu(), states[1][name]) for name in states[1])  # the checkpoint's order
     found, truth = there(WINDOWS.cuda()).logits.cpu().float(), here(WINDOWS).logits.float()
     assert float((found - truth).norm() / truth.norm()) < 0.05
+
+
+@pytest.mark.parametrize("zeros", ["w_asym", "a_asym"])
+def test_layers_with_zeros_give_the_same_bits(zeros: str) -> None:
+    asked = {zeros: True}
+    weight = torch.randn(40, 96) + 0.3
+    made = grid(weight, 4, symmetric=zeros != "w_asym")
+    here = IntLinear(96, 40, 4, bias=True, dtype=torch.float16, **asked)
+    here.store(codes(weight, made, 4), made)
+    there = copy.deepcopy(here).cuda()
+    x = Site(0, 0, 4, symmetric=zeros != "a_asym", real=True)(torch.randn(11, 96).half())[0]
+    moved = Codes(*(None if part is None else part.cuda() for part in x))
+    assert there.weight.dim() == 3 and torch.equal(there(moved).cpu(), here(x))
+
+
+def test_a_captured_block_gives_the_same_bits() -> None:
+    """Norms, transforms and all products of a block's MLP, replayed."""
+    model = tiny_models.build("Qwen3", **SIZES).half()
+    apply(model, FlatSpec(w_asym=True), calibrate(model, FlatSpec(w_asym=True), WINDOWS, None, Schedule(epochs=0))[0])
+    block = model.cuda().model.layers[1]
+    x = torch.randn(2, 3, 256, device="cuda").half()
+
+    def step() -> torch.Tensor:
+        return block.mlp(block.post_attention_layernorm(x))
+
+    first = step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = step()
+    for _ in range(20):
+        y.zero_()
+        graph.replay()
+        assert torch.equal(y, first)
 
 
 def test_generation_with_the_int4_cache(tmp_path: Path) -> None:

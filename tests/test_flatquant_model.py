@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,27 @@ def test_nan_is_stepped_back_from(where: str, monkeypatch: pytest.MonkeyPatch) -
     assert all(torch.isfinite(tensor).all() for each in matrices for tensor in each.to_tensors().values())
 
 
+def test_a_singular_transform_is_stepped_back_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entries learned one by one may leave a matrix without inverse: that ends no run, and is not kept."""
+    true_step, count = torch.optim.AdamW.step, [0]
+
+    def step(self: Any, *arguments: Any) -> None:
+        true_step(self, *arguments)
+        count[0] += 1
+        if count[0] == 5:
+            self.param_groups[0]["params"][0].data[0] = 0
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    matrices, report = calibrate(tiny_models.build(), FlatSpec(), WINDOWS, Start(direct=True), SHORT, batch=2)
+    assert [note.split(" of ")[0] for note in report.notes] == ["block 0: step 6", "block 0: stepped back after step 7"]
+    assert report.blocks[0].after < report.blocks[0].before
+    model = tiny_models.build()
+    apply(model, FlatSpec(), matrices)
+    matrices[1].factors["attn_left"].zero_()
+    with pytest.raises(CalibrationError, match="singular"):
+        apply(tiny_models.build(), FlatSpec(), matrices)
+
+
 def test_a_damaged_model_is_refused() -> None:
     model = tiny_models.build()
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
@@ -142,9 +164,11 @@ def test_error_feedback_lowers_the_error_of_weights() -> None:
     assert feedback < nearest
 
 
-@pytest.mark.parametrize("preset", ["w8a8", "w4a16"])  # with 4-bit activations one rounding the other way changes all
-def test_the_real_model_is_the_simulated_one(preset: str) -> None:
-    model, spec = tiny_models.build("Qwen3"), PRESETS[preset]
+@pytest.mark.parametrize(  # with 4-bit activations one rounding the other way changes all
+    "spec", [PRESETS["w8a8"], PRESETS["w4a16"], replace(PRESETS["w8a8"], w_asym=True)], ids=["w8a8", "w4a16", "w_asym"]
+)
+def test_the_real_model_is_the_simulated_one(spec: FlatSpec) -> None:
+    model = tiny_models.build("Qwen3")
     matrices, _ = calibrate(model, spec, WINDOWS, None, Schedule(epochs=0), batch=2)
     simulated, real = (quantized(model, spec, matrices, real=each) for each in (False, True))
     block, other = blocks_of(simulated)[1][0], blocks_of(real)[1][0]
@@ -182,10 +206,17 @@ def test_a_checkpoint_without_transforms_loads(tmp_path: Path) -> None:
     assert tiny_models.equal_states(tiny_models.load(tmp_path), model)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_a_checkpoint_loads_as_it_was_saved(preset: str, tmp_path: Path) -> None:
-    spec = PRESETS[preset]
-    model = saved_flat(tmp_path, spec, tie_word_embeddings=preset == "w8a8")
+STORED = PRESETS | {
+    "w_asym": FlatSpec(w_asym=True, down_bits=8), "a_asym": FlatSpec(a_asym=True),
+    "queries": FlatSpec(q_bits=4, q_asym=True, separate_vtrans=True),
+    "groups": replace(PRESETS["w4a16"], w_groupsize=24),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_a_checkpoint_loads_as_it_was_saved(name: str, tmp_path: Path) -> None:
+    spec = STORED[name]
+    model = saved_flat(tmp_path, spec, tie_word_embeddings=name == "w8a8")
     assert json.loads((tmp_path / "config.json").read_text())["quantization_config"] == spec.to_dict()
     loaded = tiny_models.load(tmp_path)
     assert tiny_models.equal_states(loaded, model)
@@ -197,10 +228,12 @@ def test_a_checkpoint_loads_as_it_was_saved(preset: str, tmp_path: Path) -> None
 
 
 def test_missing_and_wrong_tensors_are_refused(tmp_path: Path) -> None:
-    saved_flat(tmp_path, FlatSpec())
+    saved_flat(tmp_path, FlatSpec(w_asym=True))
     file = tmp_path / "model.safetensors"
     whole = load_file(file)
     for name, change in {
+        "model.layers.0.self_attn.q_proj.weight_zero": None,
+        "model.layers.1.self_attn.v_proj.weight_zero": torch.zeros(24),  # no integers
         "model.layers.1.self_attn.heads.k_clip": None,
         "model.layers.0.mlp.down_proj.weight": torch.zeros(3, 3, dtype=torch.uint8),
         "model.layers.0.mlp.surplus": torch.zeros(3),

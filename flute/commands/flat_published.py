@@ -18,7 +18,7 @@ from .common import check_device, note, progress_bar, quiet_libraries, read_text
 if TYPE_CHECKING:
     from ..methods.flat_folder import FlatJob
 
-_TASKS = ("piqa", "hellaswag", "arc_easy", "arc_challenge", "winogrande", "lambada_openai")
+TASKS = ("piqa", "hellaswag", "arc_easy", "arc_challenge", "winogrande", "lambada_openai")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,11 +27,15 @@ def parser() -> argparse.ArgumentParser:
     add = made.add_argument
     add("--model", required=True, help="a folder, a hub id, or the word tiny")
     add("--seed", type=int, default=0)
-    for name in "wakv":
+    add("--hf_token", help="of the hub, for models that ask for one")
+    for name in "waqkv":
         add(f"--{name}_bits", type=int, default=16)
         add(f"--{name}_asym", action="store_true")
-        add(f"--{name}_groupsize", type=int, default=-1, help="rows, tokens, or heads: nothing else is possible")
+        add(f"--{name}_groupsize", type=int, default=-1, help="of weights; elsewhere tokens or heads are the groups")
     add("--gptq", action="store_true", help="round weights with error feedback")
+    add("--percdamp", type=float, default=0.01, help="share of the Hessian's mean diagonal that GPTQ adds to it")
+    add("--act_order", action="store_true", help="GPTQ rounds the most important columns first")
+    add("--gptq_mse", action="store_true", help="refused: --lwc begins with such clips")
     add("--epochs", type=int, default=15)
     add("--cali_dataset", default="wikitext2", help="wikitext2, c4, pile, or a text file")
     add("--nsamples", type=int, default=128)
@@ -44,7 +48,8 @@ def parser() -> argparse.ArgumentParser:
         "save_matrix": "keep the matrices", "reload_matrix": "take matrices from --matrix_path",
         "warmup": "come up to the rate in 16 steps", "direct_inv": "learn the entries of transforms",
         "deactive_amp": "float32 also on a GPU", "quantized_save": "write the quantized checkpoint",
-        "lm_eval": "run tasks with the package lm-eval",
+        "lm_eval": "run tasks with the package lm-eval", "distribute_model": "accepted: one device does all",
+        "separate_vtrans": "transform values when the model runs",
     }.items():  # fmt: skip
         add(f"--{name}", action="store_true", help=text)
     add("--matrix_path", type=Path, help="flat_matrices.safetensors, or upstream's flat_matrices.pth (or their folder)")
@@ -52,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     add("--diag_alpha", type=float, default=0.3)
     add("--output_dir", type=Path, default=Path("outputs"))
     add("--exp_name", default="exp")
-    add("--tasks", nargs="+", default=list(_TASKS))
+    add("--tasks", nargs="+", default=list(TASKS))
     add("--lm_eval_batch_size", type=int, default=128)
     for name, text in {
         "tie_clips": "one clip for q, k, v and one for gate, up: faster", "key_offset": "subtract mean keys",
@@ -73,16 +78,18 @@ def job_of(options: argparse.Namespace) -> FlatJob:
         FluteError: values that do not go together.
     """
     from ..flatquant.spec import FlatSpec
-    from ..methods.flat_folder import FlatJob, Schedule, Start
+    from ..methods.flat_folder import Feedback, FlatJob, Schedule, Start
 
-    if options.w_groupsize != -1 or options.a_groupsize != -1:
-        raise FluteError("--w_groupsize, --a_groupsize: rows and tokens have one scale; leave them at -1")
+    if options.a_groupsize != -1:
+        raise FluteError("--a_groupsize: a token has one scale, as in the published program; leave it at -1")
+    if options.gptq_mse:
+        raise FluteError("--gptq_mse: clips of least squared error are where --lwc begins; give --lwc instead")
     if options.reload_matrix and options.matrix_path is None:
         raise FluteError("--reload_matrix needs --matrix_path FILE")
-    spec = FlatSpec(
-        options.w_bits, options.a_bits, options.k_bits, options.v_bits, None,
-        options.w_asym, options.a_asym, options.k_asym, options.v_asym, not options.tie_clips, options.key_offset,
-    )  # fmt: skip
+    names = [f"{letter}_{what}" for letter in "waqkv" for what in ("bits", "asym")]
+    names += ["w_groupsize", "separate_vtrans", "key_offset"]
+    spec = FlatSpec(separate_clips=not options.tie_clips, **{name: getattr(options, name) for name in names})
+    feedback = Feedback(options.percdamp, options.act_order) if options.gptq else None
     start = Start(
         options.cali_trans, options.add_diag, options.lwc, options.lac,
         options.start, options.diag_init, options.diag_alpha, options.direct_inv,
@@ -90,11 +97,11 @@ def job_of(options: argparse.Namespace) -> FlatJob:
     amp = options.device == "cuda" and not options.deactive_amp
     path = options.matrix_path if options.reload_matrix else None
     if path is not None and path.is_dir():
-        names = ("flat_matrices.safetensors", "flat_matrices.pth")
-        path = next((path / name for name in names if (path / name).exists()), path / names[0])
+        files = ("flat_matrices.safetensors", "flat_matrices.pth")
+        path = next((path / name for name in files if (path / name).exists()), path / files[0])
     return FlatJob(
         spec, start, Schedule(options.epochs, options.flat_lr, options.warmup, amp),
-        options.nsamples, options.seqlen, options.cali_bsz, options.seed, options.gptq, path,
+        options.nsamples, options.seqlen, options.cali_bsz, options.seed, feedback, path,
     )  # fmt: skip
 
 
@@ -112,13 +119,21 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> None:
     import torch
 
+    from ..evaluate.tasks import require
+    from ..integrations import folders
+
     quiet_libraries()
     options.device = check_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     job = job_of(options)
+    if options.lm_eval:
+        require()
+    options.source = folders.find(options.model, token=options.hf_token)
     out = options.output_dir / Path(options.model).name / f"w{options.w_bits}a{options.a_bits}" / options.exp_name
     matrices = out / "flat_matrices.safetensors" if options.save_matrix else None
-    if options.k_groupsize not in (-1, 128) or options.v_groupsize not in (-1, 128):
-        note("--k_groupsize, --v_groupsize: a head is the group, whatever its size (as in the published program)")
+    if any(size not in (-1, 128) for size in (options.q_groupsize, options.k_groupsize, options.v_groupsize)):
+        note("--q_groupsize, --k_groupsize, --v_groupsize: a head is the group (as in the published program)")
+    if options.distribute_model:
+        note("--distribute_model: the model is evaluated on one device")
     texts = {} if job.matrices is not None and not job.gptq else _calibration(options.cali_dataset)
     model, tokenizer = (_saved if options.quantized_save else _simulated)(options, job, texts, out, matrices)
     _evaluate(options, model, tokenizer, out)
@@ -139,7 +154,8 @@ def _saved(
 
     folder = out / "quantized"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    run(options.model, folder, job, texts, device=options.device, force=options.force, save_to=matrices, quiet=False)
+    source = str(options.source.folder)
+    run(source, folder, job, texts, device=options.device, force=options.force, save_to=matrices, quiet=False)
     dtype = None if options.device == "cuda" else _float32()
     return folders.load(folders.Found(folder), device=options.device, dtype=dtype)
 
@@ -150,12 +166,11 @@ def _simulated(
     """The model with rounded numbers in floating point."""
     from ..integrations import folders
     from ..methods.calibration import token_windows
-    from ..methods.flat_folder import learn, save_matrices
-    from ..methods.flatquant import apply
+    from ..methods.flat_folder import learn, quantize, save_matrices
     from .flatquant import stepper
 
     dtype = None if options.device == "cuda" else _float32()
-    model, tokenizer = folders.load(folders.find(options.model), device=options.device, dtype=dtype)
+    model, tokenizer = folders.load(options.source, device=options.device, dtype=dtype)
     windows = token_windows(tokenizer, texts, samples=job.samples, length=job.window, seed=job.seed) if texts else None
     with progress_bar(0, "step", quiet=False) as bar:
         made, report = learn(model, windows, job, device=options.device, state=out / "blocks", on_step=stepper(bar))
@@ -163,7 +178,7 @@ def _simulated(
         note(line)
     if matrices is not None:
         save_matrices(matrices, made, job.spec)
-    apply(model, job.spec, made, real=False, windows=windows if job.gptq else None, batch=job.batch)
+    quantize(model, job, made, windows, device=options.device, real=False)
     return model, tokenizer
 
 

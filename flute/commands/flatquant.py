@@ -66,7 +66,7 @@ def flatquant(
     quiet_libraries(threads)
     from ..flatquant.spec import PRESETS
     from ..integrations import flat_upstream, folders
-    from ..methods.flat_folder import FlatJob, Schedule, Start
+    from ..methods.flat_folder import Feedback, FlatJob, Schedule, Start
 
     if flat_upstream.is_published(source := folders.find(model).folder):
         blocks = flat_upstream.convert(source, output, force=force)
@@ -76,8 +76,9 @@ def flatquant(
         raise FluteError(f"--preset {preset}: use one of {', '.join(PRESETS)}")
     spec = replace(PRESETS[preset], separate_clips=separate_clips, key_offset=key_offset)
     job = FlatJob(
-        spec, Start(factors=start), Schedule(epochs, lr, amp=amp), samples, window, batch, seed, gptq, matrices
-    )
+        spec, Start(factors=start), Schedule(epochs, lr, amp=amp), samples, window, batch, seed,
+        Feedback() if gptq else None, matrices,
+    )  # fmt: skip
     texts = {str(path): read_text(path) for path in calibration or []}
     run(model, output, job, texts, device=device, force=force, save_to=save_matrices, quiet=quiet)
 

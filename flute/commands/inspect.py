@@ -33,9 +33,14 @@ def inspect(
     """
     quiet_libraries()
     from ..integrations import folders
+    from .flat_inspect import show
 
     on_hub = folders.is_hub_id(checkpoint)
-    report = folders.validate(folders.find(checkpoint).folder if on_hub else Path(checkpoint).expanduser())
+    folder = folders.find(checkpoint).folder if on_hub else Path(checkpoint).expanduser()
+    if folders.is_flat(folder):
+        show(folder, against=against, as_json=as_json)
+        return
+    report = folders.validate(folder)
     found = None if against is None else _distances(report, against)
     if as_json:
         print_json(report.to_dict() if found is None else {**report.to_dict(), **_figures(found)})

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ..errors import CalibrationError
+
 
 class Pair(NamedTuple):
     """``forward``: P (n, n), x P is what runs. ``inverse``: P^-T, for the other side."""
@@ -24,8 +26,15 @@ class Pair(NamedTuple):
 
     @classmethod
     def of(cls, matrix: torch.Tensor) -> Pair:
-        """The pair of a known P; the inverse is taken in float64."""
-        return cls(matrix, torch.linalg.inv(matrix.double()).mT.to(matrix.dtype))
+        """The pair of a known P; the inverse is taken in float64.
+
+        Raises:
+            CalibrationError: P has no inverse.
+        """
+        inverse, failed = torch.linalg.inv_ex(matrix.double())
+        if int(failed) or not bool(torch.isfinite(inverse).all()):
+            raise CalibrationError(f"a transform of {len(matrix)} x {len(matrix)} is singular; calibrate again")
+        return cls(matrix, inverse.mT.to(matrix.dtype))
 
 
 class Parts(NamedTuple):

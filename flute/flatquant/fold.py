@@ -8,6 +8,7 @@ Of a block x -> norm -> q, k, v -> attention -> o -> norm -> gate, up -> down (a
     up_proj rows (and bias)      times c_down                           down: likewise
 
 P_v thus costs nothing when the model runs, and neither does any diagonal; P_o, which mixes heads, stays before o_proj.
+(With ``separate_values`` v_proj is left alone and P_v stays, too: upstream's --separate_vtrans.)
 (FlatQuant, section 3.3 and appendix B. The diagonal c_value between v_proj and o_proj is an addition.) Pure functions,
 in whatever dtype the tensors have: float32 with gradients while they are learned, float64 when it is for good.
 """
@@ -60,13 +61,21 @@ class BlockShape:
         return each.expand(-1, self.heads // self.kv_heads, -1).reshape(-1)
 
 
-def fold(dense: Mapping[str, torch.Tensor], made: Mapping[str, Pair], scales: Tensors, shape: BlockShape) -> Tensors:
+def fold(
+    dense: Mapping[str, torch.Tensor],
+    made: Mapping[str, Pair],
+    scales: Tensors,
+    shape: BlockShape,
+    *,
+    separate_values: bool = False,
+) -> Tensors:
     """Weights, biases and norms of the block with transforms ``made`` and diagonals ``scales`` folded in.
 
     Args:
         dense: tensors of the block by name; others than those above are left out.
         made: by the names in `FACTORS_OF`; a missing one is the identity.
         scales: c by site (``attn``, ``mlp``, ``down``) and ``value``; a missing one is 1.
+        separate_values: P_v is not folded into v_proj.
     """
     out: Tensors = {}
     inputs = dict(scales)
@@ -83,7 +92,7 @@ def fold(dense: Mapping[str, torch.Tensor], made: Mapping[str, Pair], scales: Te
         rows = {"self_attn.v_proj": scales.get("value"), "mlp.up_proj": scales.get("down")}.get(name)
         if rows is not None:
             weight, bias = weight * rows.unsqueeze(-1), None if bias is None else bias * rows
-        if name == "self_attn.v_proj" and "out_right" in made:
+        if name == "self_attn.v_proj" and "out_right" in made and not separate_values:
             turn = made["out_right"].forward
             weight = (turn.mT @ weight.view(shape.kv_heads, shape.head_dim, -1)).flatten(0, 1)
             bias = None if bias is None else (bias.view(shape.kv_heads, -1) @ turn).flatten()
@@ -93,7 +102,7 @@ def fold(dense: Mapping[str, torch.Tensor], made: Mapping[str, Pair], scales: Te
     return out
 
 
-def online(made: Mapping[str, Pair]) -> Tensors:
+def online(made: Mapping[str, Pair], *, separate_values: bool = False) -> Tensors:
     """What stays: the parameters of the block's `Site` and `Heads` modules."""
     found: Tensors = {}
     for site, (left, right) in FACTORS_OF.items():
@@ -102,6 +111,8 @@ def online(made: Mapping[str, Pair]) -> Tensors:
                 found[f"{MODULE_OF[site]}.{part}"] = made[name].forward
     if "key" in made:
         found |= {"self_attn.heads.key": made["key"].forward, "self_attn.heads.query": made["key"].inverse}
+    if separate_values and "out_right" in made:
+        found["self_attn.heads.value"] = made["out_right"].forward
     return found
 
 
@@ -111,5 +122,5 @@ def key_offset(made: Mapping[str, Pair], mean: torch.Tensor) -> Tensors:
 
 
 def parameter_of_clip(name: str) -> str:
-    """The parameter that holds a clip, of a site or of ``key`` or ``value``."""
+    """The parameter that holds a clip, of a site or of ``query``, ``key`` or ``value``."""
     return f"{MODULE_OF[name]}.clip" if name in MODULE_OF else f"self_attn.heads.{name[0]}_clip"

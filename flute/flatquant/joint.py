@@ -1,7 +1,8 @@
 """Layers that get one activation (q, k, v; gate, up): one product for all of them.
 
 Parameters keep their names and shapes; on a GPU they become neighbours in memory, which makes the product one launch
-(`flute.kernels.integer_joined`). Layers that clip the activation differently, or are no integer layers, stay apart.
+(`flute.kernels.integer_joined`). Layers that clip the activation differently, have zero points, or are no integer
+layers, stay apart.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ def join(layers: Sequence[nn.Module], *, anywhere: bool = False) -> None:
 
 
 def joint_product(layers: Sequence[nn.Module], inputs: Sequence[Activation]) -> torch.Tensor | None:
-    """y (..., N1 + N2 + ...) of integer layers that share one symmetric activation; None if these do not."""
+    """y (..., N1 + N2 + ...) of integer layers without zeros that share one activation without; None of others."""
     given = inputs[0]
     if len(inputs) > 1 or not isinstance(given, Codes) or given.zero is not None:
         return None
     integer = [layer for layer in layers if isinstance(layer, IntLinear)]
     biases = [layer.bias for layer in integer if layer.bias is not None]
-    if len(integer) < len(layers) or len(biases) not in (0, len(layers)):
+    if len(integer) < len(layers) or len(biases) not in (0, len(layers)) or integer[0].weight_zero is not None:
         return None
     weights, scales = [layer.weight for layer in integer], [layer.weight_scale for layer in integer]
     y = int_linears(given.codes, given.scale, weights, scales, biases, given.like.dtype)

@@ -15,7 +15,7 @@ from torch import nn
 from .factors import Factor, Pair, Parts, pairs
 from .fold import FACTORS_OF, SITE_OF, BlockShape, Tensors, fold, key_offset, online, parameter_of_clip
 from .matrices import Matrices
-from .rounding import clipped_rows, fake
+from .rounding import clipped_rows, fake, grouped
 from .spec import FlatSpec
 
 _CLIP_START = 4.0
@@ -58,7 +58,7 @@ class Learned(nn.Module):
             for site in FACTORS_OF:
                 if site_bits(spec, site) < 16:
                     self.clips[site] = _logits(clips(spec, site))
-            for name, bits in (("key", spec.k_bits), ("value", spec.v_bits)):
+            for name, bits in (("query", spec.q_bits), ("key", spec.k_bits), ("value", spec.v_bits)):
                 if bits < 16:
                     self.clips[name] = _logits()
         for name in SITE_OF if clip_weights else ():
@@ -88,15 +88,17 @@ class Learned(nn.Module):
 
     def tensors(self, dense: Mapping[str, torch.Tensor]) -> Tensors:
         """All tensors of the block that differ from ``dense`` (float32), weights rounded; with gradients."""
-        made = self.made()
-        found = fold(dense, made, self.scales(), self.shape) | online(made)
+        made, apart = self.made(), self.spec.separate_vtrans
+        found = fold(dense, made, self.scales(), self.shape, separate_values=apart)
+        found |= online(made, separate_values=apart)
         found |= {parameter_of_clip(name): logits.sigmoid() for name, logits in self.clips.items()}
         if self.key_mean is not None:
             found |= key_offset(made, self.key_mean)
         ratios = self.row_ratios()
         for name in SITE_OF:
-            rows = clipped_rows(found[f"{name}.weight"], ratios.get(name))
-            found[f"{name}.weight"] = fake(rows, self.spec.weight_bits(name), symmetric=not self.spec.w_asym)
+            rows = grouped(clipped_rows(found[f"{name}.weight"], ratios.get(name)), self.spec.w_groupsize)
+            rounded = fake(rows, self.spec.weight_bits(name), symmetric=not self.spec.w_asym)
+            found[f"{name}.weight"] = rounded.flatten(1)
         return found
 
     @torch.no_grad()

@@ -14,7 +14,7 @@ import torch
 from ..errors import CheckpointError
 from .factors import Pair
 from .fold import SITE_OF, BlockShape, Tensors, fold, key_offset, online, parameter_of_clip
-from .rounding import Grid, clipped_rows, grid
+from .rounding import Grid, clipped_rows, grid, grouped
 from .spec import FlatSpec
 
 _KINDS = ("factors", "scales", "clips", "row_clips", "means")
@@ -22,8 +22,9 @@ _KINDS = ("factors", "scales", "clips", "row_clips", "means")
 
 @dataclass
 class Matrices:
-    """Of one block: ``factors`` P by name, ``scales`` c, ``clips`` ratios (clips, 2) by site and (2,) of ``key`` and
-    ``value``, ``row_clips`` ratios (N, 2) by layer, ``means`` (kv_heads, d) of ``key``; all may lack entries."""
+    """Of one block: ``factors`` P by name, ``scales`` c, ``clips`` ratios (clips, 2) by site and (2,) of ``query``,
+    ``key`` and ``value``, ``row_clips`` ratios (N, 2) by layer, ``means`` (kv_heads, d) of ``key``; all may lack
+    entries."""
 
     factors: Tensors = field(default_factory=dict)
     scales: Tensors = field(default_factory=dict)
@@ -84,11 +85,13 @@ class Matrices:
         """
         made = {name: Pair.of(matrix.to(dtype).double()) for name, matrix in self.factors.items()}
         wide = {name: tensor.double() for name, tensor in dense.items()}
-        out = fold(wide, made, {name: scale.double() for name, scale in self.scales.items()}, shape)
+        scales, apart = {name: scale.double() for name, scale in self.scales.items()}, spec.separate_vtrans
+        out = fold(wide, made, scales, shape, separate_values=apart)
         weights = {name: out.pop(f"{name}.weight") for name in SITE_OF}
-        if spec.k_bits == 16:
+        if not spec.turns_keys:
             made.pop("key", None)
-        out |= online(made) | {parameter_of_clip(name): ratio.double() for name, ratio in self.clips.items()}
+        out |= online(made, separate_values=apart)
+        out |= {parameter_of_clip(name): ratio.double() for name, ratio in self.clips.items()}
         if spec.key_offset:
             out |= key_offset(made, self.means["key"].double())
         return out, weights
@@ -96,13 +99,14 @@ class Matrices:
     def weight_grid(
         self, weight: torch.Tensor, name: str, spec: FlatSpec, dtype: torch.dtype = torch.float32
     ) -> tuple[torch.Tensor, Grid]:
-        """Clipped rows (N, K) of a folded weight, float32, and their grid with scales in ``dtype``."""
-        rows = clipped_rows(weight.float(), self.row_clips.get(name))
+        """Clipped rows of a folded weight in groups (N, K / group, group), float32, and their grid with scales in
+        ``dtype``."""
+        rows = grouped(clipped_rows(weight.float(), self.row_clips.get(name)), spec.w_groupsize)
         return rows, grid(rows, spec.weight_bits(name), symmetric=not spec.w_asym, dtype=dtype)
 
 
 def _clip_facts(spec: FlatSpec, name: str) -> tuple[int, bool]:
     """Bits and kind of the grid that a clip belongs to."""
-    if name in ("key", "value"):
-        return (spec.k_bits, spec.k_asym) if name == "key" else (spec.v_bits, spec.v_asym)
+    if name in ("query", "key", "value"):
+        return getattr(spec, f"{name[0]}_bits"), getattr(spec, f"{name[0]}_asym")
     return spec.activation_bits("mlp.down_proj" if name == "down" else name), spec.a_asym

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from ..kernels.heads import turn_heads, turned
-from ..kernels.integer import int_linear, unpack_nibbles
+from ..kernels.integer import int_linear, pack_nibbles, unpack_nibbles
 from ..kernels.pieces import arrange, restore
 from ..kernels.tokens import kronecker, kronecker_quantize, transform
-from .rounding import fake
+from .rounding import Grid, fake
 
 
 class Codes(NamedTuple):
@@ -136,21 +136,26 @@ class Site(nn.Module):
 class Heads(nn.Module):
     """Keys and values as the cache holds them: k P_h, v (transformed before), a grid per token and head; and q P_h^-T.
 
-    q k^T = (q P_h^-T) (k P_h)^T, exactly. Scales are float16, as the cache stores them.
+    q k^T = (q P_h^-T) (k P_h)^T, exactly. Scales are float16, as the cache stores them; those of queries float32.
 
     Args:
         size: of the factor; 0: the identity. heads: of keys and values. head_dim: d.
         bits, symmetric: of keys and of values.
         offset: keys have a mean to subtract.
+        q_bits, q_symmetric: of queries.
+        values: values are transformed here, by P_v.
         real: turn and transform in one launch, without gradients.
 
     Attributes:
-        key, query: (d, d), P_h and P_h^-T, or None. offset: (heads, d) or None. k_clip, v_clip: (2,) float32.
+        key, query, value: (d, d), P_h, P_h^-T and P_v, or None. offset: (heads, d) or None. q_clip, k_clip, v_clip:
+        (2,) float32.
     """
 
     key: nn.Parameter | None
     query: nn.Parameter
+    value: nn.Parameter | None
     offset: nn.Parameter | None
+    q_clip: nn.Parameter | None
     k_clip: nn.Parameter | None
     v_clip: nn.Parameter | None
 
@@ -163,15 +168,19 @@ class Heads(nn.Module):
         *,
         head_dim: int,
         offset: bool = False,
+        q_bits: int = 16,
+        q_symmetric: bool = True,
+        values: bool = False,
         real: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.bits, self.symmetric, self.real = bits, symmetric, real
-        for name in ("key", "query"):
-            self.register_parameter(name, _identity(size, device, dtype))
-        for name, width in (("k_clip", bits[0]), ("v_clip", bits[1])):
+        self.q_bits, self.q_symmetric = q_bits, q_symmetric
+        for name, factor in (("key", size), ("query", size), ("value", head_dim if values else 0)):
+            self.register_parameter(name, _identity(factor, device, dtype))
+        for name, width in (("q_clip", q_bits), ("k_clip", bits[0]), ("v_clip", bits[1])):
             made = fixed(2, device=device, dtype=torch.float32) if width < 16 else None
             self.register_parameter(name, made)
         self.register_parameter("offset", fixed(heads, head_dim, device=device, dtype=dtype) if offset else None)
@@ -181,7 +190,8 @@ class Heads(nn.Module):
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """q (B, L, H, d), k (B, L, heads, d), turned by cos, sin (B or 1, L, d) and transformed: heads first."""
+        """q (B, L, H, d), k (B, L, heads, d), turned by cos, sin (B or 1, L, d) and transformed: heads first;
+        q rounded, k not."""
         if self.key is None:
             q, k = turned(q, cos, sin), turned(k, cos, sin)
         elif self.real:
@@ -189,7 +199,12 @@ class Heads(nn.Module):
         else:
             q, k = turned(q, cos, sin) @ self.query.to(q.dtype), turned(k, cos, sin) @ self.key.to(k.dtype)
         q, k = q.transpose(1, 2), k.transpose(1, 2)
+        q = fake(q, self.q_bits, symmetric=self.q_symmetric, clip=self.q_clip)
         return q, k if self.offset is None else k - self.offset.to(k.dtype).unsqueeze(-2)
+
+    def turned_values(self, v: torch.Tensor) -> torch.Tensor:
+        """v (B, heads, L, d) of v_proj, transformed; not rounded."""
+        return v if self.value is None else v @ self.value.to(v.dtype)
 
     def rounded(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Transformed keys and values (B, heads, L, d) as their codes stand for them."""
@@ -197,11 +212,17 @@ class Heads(nn.Module):
         return k, fake(v, self.bits[1], symmetric=self.symmetric[1], clip=self.v_clip, dtype=torch.float16)
 
     def extra_repr(self) -> str:
-        return f"bits={self.bits}, symmetric={self.symmetric}"
+        return f"bits={self.bits}, symmetric={self.symmetric}, q_bits={self.q_bits}"
 
 
 class IntLinear(nn.Module):
-    """y = x W^T + bias of codes and integer weights; W ~ codes * weight_scale.
+    """y = x W^T + bias of codes and integer weights; W ~ (codes - weight_zero) * weight_scale.
+
+    Of the activation's and the weight's codes c and q, with one kind of zeros at most,
+
+        sum (c - zero) q = sum c q - zero sum q,      sum c (q - zero) = sum c q - zero sum c
+
+    and ``flute::int_linear`` subtracts either product exactly. Sums of the weight's rows are made when it is loaded.
 
     On a GPU the weight lies in the kernels' order, elsewhere in the checkpoint's; moving the module converts it, and a
     state dict always shows the checkpoint's.
@@ -209,13 +230,16 @@ class IntLinear(nn.Module):
     Args:
         in_features, out_features: K (even below 5 bits), N.
         bits: of the weights; up to 4 they share bytes.
+        w_asym, a_asym: weights, or activations, have zero points; not both.
 
     Attributes:
         weight: uint8 (N, K / 2) of `pack_nibbles`, or int8 (N, K), or `pieces.arrange`d. weight_scale: float32 (N,).
-        bias: (N,) or None.
+        weight_zero: int32 (N,) or None; as codes, 2^(bits-1) lower than in `rounding`. bias: (N,) or None.
     """
 
     bias: nn.Parameter | None
+    weight_zero: nn.Parameter | None
+    row_sum: torch.Tensor | None
 
     def __init__(
         self,
@@ -224,6 +248,8 @@ class IntLinear(nn.Module):
         bits: int,
         *,
         bias: bool = False,
+        w_asym: bool = False,
+        a_asym: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -233,13 +259,28 @@ class IntLinear(nn.Module):
         zeros = torch.zeros(out_features, *shape, dtype=kind, device=device)
         self.weight = nn.Parameter(zeros, requires_grad=False)
         self.weight_scale = fixed(out_features, device=device, dtype=torch.float32)
+        whole = torch.zeros(out_features, dtype=torch.int32, device=device)
+        self.register_parameter("weight_zero", nn.Parameter(whole, requires_grad=False) if w_asym else None)
+        self.register_buffer("row_sum", whole.clone() if a_asym else None, persistent=False)
         self.register_parameter("bias", fixed(out_features, device=device, dtype=dtype) if bias else None)
 
     def forward(self, x: Codes) -> torch.Tensor:
         """(..., N) in the activation's dtype."""
-        rows = None if x.zero is None else self.codes().sum(-1, dtype=torch.int32)
-        y = int_linear(x.codes, x.scale, self.weight, self.weight_scale, self.bias, x.like.dtype, x.zero, rows)
+        zero, sums = x.zero, self.row_sum
+        if self.weight_zero is not None:
+            zero, sums = x.codes.sum(-1, dtype=torch.int32), self.weight_zero
+        y = int_linear(x.codes, x.scale, self.weight, self.weight_scale, self.bias, x.like.dtype, zero, sums)
         return y.view(*x.like.shape[:-1], self.out_features)
+
+    def store(self, units: torch.Tensor, made: Grid) -> None:
+        """Take codes (N, K) of `rounding.codes` and their grid, a scale (and zero) per row."""
+        shift = 0 if made.zero is None else 1 << (self.bits - 1)
+        whole = (units - shift).to(torch.int8)
+        self.weight.data = pack_nibbles(whole) if self.bits <= 4 else whole
+        self.weight_scale.data = made.scale.flatten().float()
+        if self.weight_zero is not None and made.zero is not None:
+            self.weight_zero.data = (made.zero.flatten() - shift).to(torch.int32)
+        self.arrange()
 
     def codes(self) -> torch.Tensor:
         """int8 (N, K)."""
@@ -252,7 +293,9 @@ class IntLinear(nn.Module):
         return restore(weight, self.out_features, self.in_features) if weight.dim() == 3 else weight
 
     def arrange(self) -> None:
-        """Take the order that is right where the weight lies."""
+        """Take the order that is right where the weight lies, and sum its rows if activations have zeros."""
+        if self.row_sum is not None:
+            self.row_sum = self.codes().sum(-1, dtype=torch.int32)
         if self.weight.is_cuda and self.weight.dim() == 2:
             self.weight.data = arrange(self.weight.data)
 

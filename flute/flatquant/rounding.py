@@ -14,6 +14,9 @@ from typing import NamedTuple
 
 import torch
 
+from ..errors import SpecError
+from ..kernels.tokens import over
+
 
 class Grid(NamedTuple):
     """``scale`` (..., 1); ``zero`` (..., 1), float with whole values, or None: symmetric."""
@@ -45,9 +48,9 @@ def grid(
     if clip is not None:
         top, bottom = top * clip[..., :1], bottom * clip[..., 1:]
     if symmetric:
-        scale = torch.maximum(bottom.abs(), top) / ((1 << (bits - 1)) - 1)
+        scale = over(torch.maximum(bottom.abs(), top), (1 << (bits - 1)) - 1)
     else:
-        scale = (top - bottom) / ((1 << bits) - 1)
+        scale = over(top - bottom, (1 << bits) - 1)
     scale = scale.to(dtype).to(x.dtype)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     return Grid(scale, None if symmetric else through(-bottom / scale))
@@ -84,6 +87,19 @@ def fake(
     wide = x.float()
     made = grid(wide, bits, symmetric=symmetric, clip=clip, dtype=dtype)
     return decode(codes(wide, made, bits), made).to(x.dtype)
+
+
+def grouped(rows: torch.Tensor, size: int) -> torch.Tensor:
+    """W (N, K) as (N, K / size, size), of which each part gets a scale; -1: (N, 1, K).
+
+    Raises:
+        SpecError: ``size`` does not divide K.
+    """
+    if size < 0:
+        return rows.unsqueeze(1)
+    if rows.shape[-1] % size:
+        raise SpecError(f"w_groupsize={size} does not divide the {rows.shape[-1]} columns of a layer; use a divisor")
+    return rows.unflatten(-1, (-1, size))
 
 
 def clipped_rows(weight: torch.Tensor, clip: torch.Tensor | None) -> torch.Tensor:

@@ -26,14 +26,17 @@ class FlatSpec:
         w_bits, a_bits: of weights (a scale per row) and of activations (a scale per token).
         k_bits, v_bits: of keys and values (a scale per token and head).
         down_bits: of weights and activations of down_proj, the hardest site; None: as the others.
-        w_asym, a_asym, k_asym, v_asym: grids with a zero point. Weights with one cannot be saved.
+        w_asym, a_asym, k_asym, v_asym: grids with a zero point.
         separate_clips: every layer clips its own activations, as upstream does; else one clip per site, so that q, k
             and v (and gate and up) share one quantized activation.
         key_offset: subtract each head's mean key before keys are rounded. All scores of a query change by the same
             number, so attention stays what it is; what it saves are models whose key biases are large.
+        q_bits, q_asym: of queries (a scale per token and head), as they go into attention.
+        w_groupsize: columns of a weight that share a scale; -1: the row.
+        separate_vtrans: values are transformed when the model runs, instead of v_proj once.
 
     Raises:
-        SpecError: a number of bits outside these.
+        SpecError: a number of bits outside these, or no size of a group.
     """
 
     w_bits: int = 4
@@ -47,6 +50,10 @@ class FlatSpec:
     v_asym: bool = True
     separate_clips: bool = False
     key_offset: bool = False
+    q_bits: int = _DENSE
+    q_asym: bool = False
+    w_groupsize: int = -1
+    separate_vtrans: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -56,6 +63,9 @@ class FlatSpec:
                     continue
                 if type(value) is not int or (value not in _CODED and value != _DENSE):
                     raise SpecError(f"{field.name}={value!r} is not possible; use 2 to 8, or 16: not quantized")
+            elif field.name == "w_groupsize":
+                if type(value) is not int or (value < 1 and value != -1):
+                    raise SpecError(f"w_groupsize={value!r} is no number of columns; use a divisor of K, or -1")
             elif type(value) is not bool:
                 raise SpecError(f"{field.name}={value!r} is not true or false")
 
@@ -69,12 +79,23 @@ class FlatSpec:
             return self.a_bits
         return self.down_bits
 
+    @property
+    def turns_keys(self) -> bool:
+        """Whether keys and queries go through a transform."""
+        return min(self.k_bits, self.q_bits) < _DENSE
+
     def check_storable(self) -> None:
         """Raise SpecError if there are no layers that run this."""
-        if self.w_asym:
-            raise SpecError("w_asym: weights with zero points are evaluated, not saved; leave --w_asym out")
         for name in LINEARS:
             weight, activation = self.weight_bits(name), self.activation_bits(name)
+            if self.w_asym and weight != _DENSE and (self.a_asym or activation == _DENSE):
+                kind = "16-bit activations" if activation == _DENSE else "activations that have them too"
+                raise SpecError(f"{name}: weights with zero points on {kind} are evaluated, not saved; drop --w_asym")
+            if self.w_groupsize > 0 and _DENSE not in (weight, activation):
+                raise SpecError(
+                    f"{name}: groups of weights on {activation}-bit activations are evaluated, not saved; leave "
+                    "--w_groupsize out, or --a_bits"
+                )
             if weight == _DENSE and activation != _DENSE:
                 raise SpecError(f"{name}: dense weights with {activation}-bit activations are evaluated, not saved")
             if activation == _DENSE and weight not in (2, 3, 4, _DENSE):

@@ -82,7 +82,7 @@ def _ratios(tensors: Mapping[str, torch.Tensor], stem: str) -> torch.Tensor | No
 
 
 def _clips(tensors: Mapping[str, torch.Tensor]) -> Tensors:
-    """Clips of sites, one for each of their layers, and of keys and values."""
+    """Clips of sites, one for each of their layers, and of queries, keys and values."""
     found: Tensors = {}
     for site in MODULE_OF:
         each = [
@@ -91,8 +91,8 @@ def _clips(tensors: Mapping[str, torch.Tensor]) -> Tensors:
         rows = [ratios for ratios in each if ratios is not None]
         if len(rows) == len(each):
             found[site] = torch.cat(rows)
-    for name, letter in (("key", "k"), ("value", "v")):
-        ratios = _ratios(tensors, f"self_attn.{letter}_cache_quantizer.clip_factor_a")
+    for name in ("query", "key", "value"):
+        ratios = _ratios(tensors, f"self_attn.{name[0]}_cache_quantizer.clip_factor_a")
         if ratios is not None:
             found[name] = ratios.view(2)
     return found

@@ -78,7 +78,7 @@ class FlatAttention(nn.Module):
         q, k, v = (each.unflatten(-1, (-1, self.shape.head_dim)) for each in made)
         q, k = (each if norm is None else norm(each) for each, norm in ((q, self.q_norm), (k, self.k_norm)))
         q, k = self.heads(q, k, *position_embeddings)
-        v = v.transpose(1, 2)
+        v = self.heads.turned_values(v.transpose(1, 2))
         if not getattr(past_key_values, "rounds", False):
             k, v = self.heads.rounded(k, v)
         if past_key_values is not None:
@@ -213,8 +213,9 @@ def flatten(block: Any, spec: FlatSpec, *, transforms: bool = True, real: bool =
             symmetric=not spec.a_asym, clips=clips(spec, site), real=real, **where,
         )  # fmt: skip
     modules["self_attn"]["heads"] = Heads(
-        shape.head_dim if transforms and spec.k_bits < 16 else 0, shape.kv_heads, (spec.k_bits, spec.v_bits),
-        (not spec.k_asym, not spec.v_asym), head_dim=shape.head_dim, offset=spec.key_offset, real=real, **where,
+        shape.head_dim if transforms and spec.turns_keys else 0, shape.kv_heads, (spec.k_bits, spec.v_bits),
+        (not spec.k_asym, not spec.v_asym), head_dim=shape.head_dim, offset=spec.key_offset, q_bits=spec.q_bits,
+        q_symmetric=not spec.q_asym, values=transforms and spec.separate_vtrans, real=real, **where,
     )  # fmt: skip
     for name, owner in zip(_NORMS, ("self_attn", "mlp"), strict=True) if real else ():
         norm = block.get_submodule(name)
@@ -229,8 +230,8 @@ def _layer(spec: FlatSpec, shape: BlockShape, name: str, bias: bool, where: dict
     """The layer that runs weights of this many bits on activations of that many."""
     bits, rows, columns = spec.weight_bits(name), rows_of(shape, name), shape.features(SITE_OF[name])
     if spec.activation_bits(name) < 16:
-        return IntLinear(columns, rows, bits, bias=bias, **where)
-    return LutLinear(columns, rows, QuantSpec(bits, -1, f"int{bits}"), bias=bias, **where)
+        return IntLinear(columns, rows, bits, bias=bias, w_asym=spec.w_asym, a_asym=spec.a_asym, **where)
+    return LutLinear(columns, rows, QuantSpec(bits, spec.w_groupsize, f"int{bits}"), bias=bias, **where)
 
 
 @torch.no_grad()

@@ -22,7 +22,8 @@ from ..errors import CheckpointError, IntegrationError
 from ..flatquant.spec import QUANT_METHOD, FlatSpec
 
 _FLOATS = ("F16", "BF16", "F32")
-_FLOAT32 = ("weight_scale", "clip", "k_clip", "v_clip")  # whatever the model's dtype
+_INTEGERS = {torch.uint8: ("U8",), torch.int8: ("I8",), torch.int32: ("I32",)}
+_FLOAT32 = ("weight_scale", "clip", "q_clip", "k_clip", "v_clip")  # whatever the model's dtype
 
 
 class FlatQuantConfig(QuantizationConfigMixin):
@@ -126,7 +127,7 @@ def check_files(model: Any, files: Sequence[str]) -> None:
             if name not in tied:
                 problems.append(f"tensor {name!r} is missing")
             continue
-        allowed = {torch.uint8: ("U8",), torch.int8: ("I8",)}.get(tensor.dtype, _FLOATS)
+        allowed = _INTEGERS.get(tensor.dtype, _FLOATS)
         entry = found[name]
         if entry.dtype not in allowed or entry.shape != tuple(tensor.shape):
             rule = f"{tuple(tensor.shape)} of {' or '.join(allowed)}"

@@ -6,7 +6,8 @@ Weights are int8, or two int4 in a byte: the even column in the low nibble, two'
 layout). CUDA's kernels want either of them as `pieces.arrange` makes it, with three dimensions; else that is done in
 every call. Sums are exact: at most 128 * 128 * K < 2^31 for K < 131072. The rest is float32 in this order, rounded to
 y's dtype once: float(sum) * (scale * weight_scale) + bias. The zeros of asymmetric activations enter as
-sum - zero * row_sum, with the sums of W's rows.
+sum - zero * row_sum, with the sums of W's rows. Zeros of the weights' rows enter by the same two operands, exchanged:
+sums of the tokens' codes as ``zero``, the rows' zeros as ``row_sum``.
 """
 
 from __future__ import annotations
@@ -172,8 +173,8 @@ def int_linear(
         weight_scale: float32 (N,).
         bias: (N,) in ``dtype``, or None.
         dtype: of y: float16, bfloat16 or float32.
-        zero: int32 (M,) of asymmetric tokens, or None; needs ``row_sum``.
-        row_sum: int32 (N,), sums of the weight's rows.
+        zero: int32 (M,) of asymmetric tokens, or sums of their codes; or None; needs ``row_sum``.
+        row_sum: int32 (N,), sums of the weight's rows, or the rows' zeros.
 
     Raises:
         OperatorError: shapes, dtypes or devices do not fit.

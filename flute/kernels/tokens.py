@@ -71,6 +71,11 @@ def transform(
     return z.reshape(-1, n)
 
 
+def over(x: torch.Tensor, number: float) -> torch.Tensor:
+    """x / number, rounded once on every device: given a Python number, CUDA multiplies with 1 / number, rounded."""
+    return x / torch.full_like(x, number)
+
+
 def quantize_rows(
     z: torch.Tensor,
     bits: int,
@@ -94,7 +99,7 @@ def quantize_rows(
         ratios = clip.float()
         low, high = low * ratios[1], high * ratios[0]
     width, steps = (torch.maximum(low.abs(), high), half - 1) if symmetric else (high - low, 2 * half - 1)
-    scale = (width / torch.full_like(width, steps)).to(scale_dtype)  # by a number, CUDA would multiply with 1 / number
+    scale = over(width, steps).to(scale_dtype)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     codes = torch.round(z / scale.float()[..., None])
     if symmetric:

@@ -6,13 +6,15 @@ it takes a hundred steps. A search over a few shares is there at once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 
 from ..flatquant.fold import FACTORS_OF, SITE_OF, Tensors, fold
 from ..flatquant.learned import Learned, site_bits
-from ..flatquant.rounding import fake
+from ..flatquant.rounding import clipped_rows, fake, grouped
+from ..flatquant.spec import FlatSpec
 from ..kernels.tokens import transform
 from .flat_start import Seen
 
@@ -27,11 +29,11 @@ def search_clips(learned: Learned, dense: Mapping[str, torch.Tensor], seen: Seen
         dense: tensors of the block, float32. seen: what its sites got, before any transform.
     """
     spec, made, scales = learned.spec, learned.made(), learned.scales()
-    folded = fold(dense, made, scales, learned.shape)
+    folded = fold(dense, made, scales, learned.shape, separate_values=spec.separate_vtrans)
     for name in SITE_OF:
         key = name.rpartition(".")[2]
         if key in learned.row_clips:
-            best = _best(folded[f"{name}.weight"], spec.weight_bits(name), not spec.w_asym, rows=True)
+            best = _best_of_rows(folded[f"{name}.weight"], spec, spec.weight_bits(name))
             learned.row_clips[key].copy_(best.logit().unsqueeze(-1))
     if "value" in scales:
         scales["out"] = learned.shape.per_query_head(scales["value"])
@@ -43,17 +45,38 @@ def search_clips(learned: Learned, dense: Mapping[str, torch.Tensor], seen: Seen
     d = learned.shape.head_dim
     bias = folded.get("self_attn.v_proj.bias", 0.0)
     inputs["value"] = (inputs["attn"] @ folded["self_attn.v_proj.weight"].mT + bias).view(-1, d)
+    if spec.separate_vtrans and "out_right" in made:
+        inputs["value"] = inputs["value"] @ made["out_right"].forward
     inputs["key"] = seen.samples["key"] @ made["key"].forward if "key" in made else seen.samples["key"]
-    kinds = {"key": (spec.k_bits, not spec.k_asym), "value": (spec.v_bits, not spec.v_asym)}
+    inputs["query"] = seen.samples["query"] @ made["key"].inverse if "key" in made else seen.samples["query"]
+    kinds = {
+        "query": (spec.q_bits, not spec.q_asym),
+        "key": (spec.k_bits, not spec.k_asym),
+        "value": (spec.v_bits, not spec.v_asym),
+    }
     for site, logits in learned.clips.items():
         bits, symmetric = kinds.get(site, (site_bits(spec, site), not spec.a_asym))
-        logits.copy_(_best(inputs[site], bits, symmetric, rows=False).logit().expand_as(logits))
+        x = inputs[site]
+        errors = _errors(x, partial(fake, x, bits, symmetric=symmetric))
+        logits.copy_(_least([error.sum() for error in errors]).logit().expand_as(logits))
 
 
-def _best(x: torch.Tensor, bits: int, symmetric: bool, *, rows: bool) -> torch.Tensor:
-    """The share of the least squared error: (N,) for each row of x (N, n), or () for all rows together."""
-    errors = []
-    for share in _SHARES:
-        error = (x - fake(x, bits, symmetric=symmetric, clip=x.new_full((2,), share))).square().sum(-1)
-        errors.append(error if rows else error.sum())
-    return x.new_tensor(_SHARES)[torch.stack(errors).argmin(0)]
+def _best_of_rows(weight: torch.Tensor, spec: FlatSpec, bits: int) -> torch.Tensor:
+    """(N,): the share of the least squared error of each row of W (N, K)."""
+
+    def in_groups(*, clip: torch.Tensor) -> torch.Tensor:
+        rows = grouped(clipped_rows(weight, clip.expand(len(weight), 2)), spec.w_groupsize)
+        return fake(rows, bits, symmetric=not spec.w_asym).flatten(1)
+
+    whole = partial(fake, weight, bits, symmetric=not spec.w_asym)
+    return _least(_errors(weight, whole if spec.w_groupsize < 0 else in_groups))
+
+
+def _errors(x: torch.Tensor, rounded: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
+    """(N,) for each share: the squared error of each row of x (N, n)."""
+    return [(x - rounded(clip=x.new_full((2,), share))).square().sum(-1) for share in _SHARES]
+
+
+def _least(errors: list[torch.Tensor]) -> torch.Tensor:
+    """The share of the least error, number by number."""
+    return errors[0].new_tensor(_SHARES)[torch.stack(errors).argmin(0)]

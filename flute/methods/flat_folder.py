@@ -23,6 +23,7 @@ from ..flatquant.spec import FlatSpec
 from ..integrations import folders
 from ..integrations.flatquant import mark_flat
 from .calibration import token_windows
+from .flat_gptq import Feedback
 from .flat_start import Start
 from .flat_train import OnStep, Schedule
 from .flatquant import FlatReport, apply, calibrate
@@ -35,7 +36,7 @@ class FlatJob:
     Args:
         spec: bits. start, schedule: how transforms begin and are learned.
         samples, window, batch, seed: of the calibration windows: how many, tokens in each, windows to a step.
-        gptq: round weights with error feedback afterwards.
+        gptq: round weights with error feedback afterwards, so; None: to nearest.
         matrices: take them from this file instead of learning (then start and schedule do not matter).
     """
 
@@ -46,7 +47,7 @@ class FlatJob:
     window: int = 2048
     batch: int = 4
     seed: int = 0
-    gptq: bool = False
+    gptq: Feedback | None = None
     matrices: Path | None = None
 
 
@@ -58,6 +59,8 @@ def learn(
     Raises:
         FluteError: no windows to learn from; see also `calibrate` and `load_matrices`.
     """
+    if job.gptq is not None and windows is None:
+        raise CheckpointError("GPTQ rounds by what a text does to layers; give --calibration FILE, or leave --gptq out")
     if job.matrices is not None:
         made, learned_for = load_matrices(job.matrices)
         if learned_for is not None:
@@ -68,6 +71,14 @@ def learn(
     return calibrate(
         model, job.spec, windows, job.start, job.schedule, batch=job.batch, device=device, state=state, on_step=on_step
     )
+
+
+def quantize(
+    model: Any, job: FlatJob, made: list[Matrices], windows: torch.Tensor | None, *, device: str, real: bool = True
+) -> None:
+    """`apply` as ``job`` says."""
+    text, feedback = (None, Feedback()) if job.gptq is None else (windows, job.gptq)
+    apply(model, job.spec, made, real=real, windows=text, feedback=feedback, batch=job.batch, device=device)
 
 
 def flatquant_folder(
@@ -106,7 +117,7 @@ def flatquant_folder(
         if save_to is not None:
             save_matrices(save_to, made, job.spec)
         _cast(model, stored)
-        apply(model, job.spec, made, windows=windows if job.gptq else None, batch=job.batch, device=device)
+        quantize(model, job, made, windows, device=device)
         mark_flat(model, job.spec)
         model.save_pretrained(work.folder)
         copy_files(source, small_files(source), work.folder)

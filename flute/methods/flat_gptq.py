@@ -3,16 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from ..errors import CalibrationError
 from ..flatquant.fold import SITE_OF, Tensors
 from ..flatquant.rounding import Grid, decode, limits
 from ..flatquant.spec import FlatSpec
 from .capture import Call, linear_of, moments
 from .gptq import round_with_feedback
-from .hessian import damped
+from .hessian import DAMPING, damped
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """How GPTQ rounds.
+
+    Args:
+        damping: share of the Hessian's mean diagonal that is added to it. act_order: most important columns first.
+
+    Raises:
+        CalibrationError: a damping that is no positive number.
+    """
+
+    damping: float = DAMPING
+    act_order: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.damping < float("inf"):
+            raise CalibrationError(f"percdamp={self.damping} is no share of a diagonal; use a number such as 0.01")
 
 
 def round_block(
@@ -21,12 +42,14 @@ def round_block(
     spec: FlatSpec,
     hidden: list[torch.Tensor],
     call: Call,
+    feedback: Feedback,
 ) -> Tensors:
-    """Codes (N, K) float32 of each layer in ``grids``; the block's weights become what they stand for, in order.
+    """Codes float32, shaped as the rows, of each layer in ``grids``; the block's weights become what they stand for,
+    in order.
 
     Args:
         block: flattened, float32, with folded dense weights; sites round.
-        grids: clipped rows (N, K) and their grid, by layer.
+        grids: clipped rows (N, groups, K / groups) and their grid, by layer.
         hidden: what goes into the block, batch by batch, from quantized blocks before it.
     """
     found: Tensors = {}
@@ -45,7 +68,9 @@ def round_block(
         table = torch.arange(low, high + 1, dtype=torch.float32, device=rows.device).unsqueeze(-1)
         if zero is not None:  # a zero point of its own per row shifts the row instead of the table
             rows = rows + zero * made.scale
-        picked = round_with_feedback(rows, damped(known[site], name=name), made.scale.expand_as(rows).float(), table)
-        found[name] = picked.float() + low
-        linear_of(block, name).weight.data = decode(found[name], made).float()
+        hessian = damped(known[site], share=feedback.damping, name=name)
+        wide = made.scale.expand_as(rows).float().flatten(1)
+        picked = round_with_feedback(rows.flatten(1), hessian, wide, table, act_order=feedback.act_order)
+        found[name] = picked.view_as(rows).float() + low
+        linear_of(block, name).weight.data = decode(found[name], made).float().flatten(1)
     return found

@@ -15,7 +15,7 @@ from ..flatquant.factors import Parts
 from ..flatquant.fold import FACTORS_OF, MODULE_OF, SITE_OF, BlockShape, Tensors
 from ..flatquant.initial import balanced_pair, hadamard, identity
 from ..flatquant.learned import Learned
-from ..flatquant.modules import Site, unrounded_cache
+from ..flatquant.modules import Heads, Site, unrounded_cache
 from ..flatquant.sizes import factor_sizes
 from ..flatquant.spec import FlatSpec
 from ..kernels.heads import turned
@@ -39,16 +39,17 @@ class Seen:
 @contextmanager
 def unrounded(block: nn.Module) -> Iterator[None]:
     """Inside, a flattened block rounds nothing."""
-    parts = [part for part in block.modules() if isinstance(part, Site)]
-    kept = [part.bits for part in parts]
+    parts: list[tuple[Any, str]] = [(part, "bits") for part in block.modules() if isinstance(part, Site)]
+    parts += [(part, "q_bits") for part in block.modules() if isinstance(part, Heads)]
+    kept = [getattr(part, name) for part, name in parts]
     try:
-        for part in parts:
-            part.bits = 16
+        for part, name in parts:
+            setattr(part, name, 16)
         with unrounded_cache(block):
             yield
     finally:
-        for part, bits in zip(parts, kept, strict=True):
-            part.bits = bits
+        for (part, name), bits in zip(parts, kept, strict=True):
+            setattr(part, name, bits)
 
 
 @torch.no_grad()
@@ -140,7 +141,7 @@ def begin(start: Start, spec: FlatSpec, shape: BlockShape, dense: Mapping[str, t
         x, w = (seen.samples[site], weights) if c is None else (seen.samples[site] * c, weights / c)
         found = _factors(start, x, w, rows, columns)
         parts |= {name: each for name, each in zip(names, found, strict=True) if len(each.values) > 1}
-    if start.transforms and spec.k_bits < 16:
+    if start.transforms and spec.turns_keys:
         parts["key"] = _factors(start, seen.samples["key"], seen.samples["query"], 1, shape.head_dim)[1]
     return Learned(
         spec, shape, parts, scales, seen.key_mean if spec.key_offset else None, direct=start.direct,

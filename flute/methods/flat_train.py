@@ -3,8 +3,8 @@
 The loss is the squared error of the block's output, divided by its own value, so that its size does not matter (the
 gradient is that of its logarithm). AdamW, clips ten times as fast as the rest, a cosine to a thousandth of the first
 rate, no weight decay. The state after the epoch with the least mean loss is kept, unless the start was better. A step
-with a loss or gradient that is not finite is left out; parameters that are not finite go back to what was kept, at half
-the rate; both are reported, neither ends the run.
+with a loss or gradient that is not finite is left out; after a second one in a row, or if parameters are not finite,
+they go back to what was kept, at half the rate. All is reported, nothing of it ends the run.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import nn
 from torch.func import functional_call
 
 from ..errors import CalibrationError
+from ..flatquant.fold import Tensors
 from ..flatquant.learned import Learned
 from .capture import Call
 
@@ -85,7 +86,9 @@ class Job:
 
     def loss(self, learned: Learned, index: int) -> torch.Tensor:
         """Mean squared error of batch ``index``."""
-        tensors = learned.tensors(self.dense)
+        return self._squared(learned.tensors(self.dense), index)
+
+    def _squared(self, tensors: Tensors, index: int) -> torch.Tensor:
         given = (self.hidden[index].to(self.device), *self.call.arguments)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             output = functional_call(self.block, tensors, given, self.call.keywords)
@@ -95,7 +98,8 @@ class Job:
     @torch.no_grad()
     def error(self, learned: Learned) -> float:
         """Relative squared error over all batches."""
-        total = sum(float(self.loss(learned, index)) for index in range(len(self.hidden)))
+        tensors = learned.tensors(self.dense)  # folded once for all of them
+        total = sum(float(self._squared(tensors, index)) for index in range(len(self.hidden)))
         return total / len(self.hidden) / max(self.power, 1e-30)
 
 
@@ -115,7 +119,7 @@ def train(job: Job, learned: Learned, schedule: Schedule, on_step: OnStep = lamb
     optimizer = torch.optim.AdamW(groups)
     firsts, slowdown = [group["lr"] for group in optimizer.param_groups], 1.0
     first = best = _state(learned)
-    least, done, steps = math.inf, 0, schedule.epochs * len(job.hidden)
+    least, done, lost, steps = math.inf, 0, 0, schedule.epochs * len(job.hidden)
     for _ in range(schedule.epochs):
         total, counted = 0.0, 0
         for index in range(len(job.hidden)):
@@ -123,17 +127,18 @@ def train(job: Job, learned: Learned, schedule: Schedule, on_step: OnStep = lamb
                 group["lr"] = rate * slowdown * schedule.rate(done, steps)
             value = _step(job, learned, optimizer, index)
             done += 1
-            if not math.isfinite(value):
+            lost = 0 if math.isfinite(value) else lost + 1
+            if lost == 1:
                 result.notes.append(f"step {done} of {steps} left out: its loss or gradient was not finite")
-            elif not _finite(learned):
+            elif lost or not _finite(learned):
                 learned.load_state_dict(best)
                 optimizer.state.clear()
-                slowdown /= 2
-                result.notes.append(f"stepped back after step {done} of {steps}: parameters were not finite")
+                slowdown, lost = slowdown / 2, 0
+                result.notes.append(f"stepped back after step {done} of {steps}: numbers were not finite")
             else:
                 total, counted = total + value, counted + 1
             on_step(done, steps, value / max(job.power, 1e-30))
-        if counted and total / counted < least:
+        if counted and not lost and total / counted < least:
             least, best = total / counted, _state(learned)
     learned.load_state_dict(best)
     result.after = job.error(learned)

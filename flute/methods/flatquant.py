@@ -23,16 +23,15 @@ from ..errors import CalibrationError, CheckpointError
 from ..flatquant.fold import SITE_OF, Tensors
 from ..flatquant.matrices import Matrices
 from ..flatquant.modules import IntLinear
-from ..flatquant.rounding import codes, decode
+from ..flatquant.rounding import Grid, codes, decode
 from ..flatquant.spec import FlatSpec
 from ..integrations.flatblocks import blocks_of, check_block, check_norms, flatten, shape_of
-from ..kernels.integer import pack_nibbles
 from ..linear import LutLinear
 from ..packing import pack_codes
 from .calibration import check_windows
 from .capture import Call, Stack, record, run_block, to_device
 from .flat_clips import search_clips
-from .flat_gptq import round_block
+from .flat_gptq import Feedback, round_block
 from .flat_start import Start, begin, unrounded, watch
 from .flat_train import Job, OnStep, Schedule, Trained, train
 from .learn import within
@@ -192,6 +191,7 @@ def apply(
     *,
     real: bool = True,
     windows: torch.Tensor | None = None,
+    feedback: Feedback = Feedback(),  # noqa: B008  (frozen)
     batch: int = 4,
     device: torch.device | str | None = None,
 ) -> None:
@@ -201,7 +201,7 @@ def apply(
         model: a causal model of transformers, dense.
         spec: bits; those the matrices were learned for, or `Matrices.adapted` to.
         real: integer weights and codes, which can be saved; else the same numbers in the model's own dtype.
-        windows: token ids (S, L): round weights with error feedback (GPTQ) on them; None: to nearest.
+        windows: token ids (S, L): round weights with error ``feedback`` (GPTQ) on them; None: to nearest.
         batch, device: as in `calibrate`.
 
     Raises:
@@ -235,14 +235,14 @@ def apply(
             flatten(trial, spec, transforms=has_transforms)
             _fill(trial, kept | plain)
             call = to_device(stack.calls[index], where)
-            units = round_block(trial, grids, spec, hidden, call)
+            units = round_block(trial, grids, spec, hidden, call, feedback)
             hidden = [run_block(trial, part.to(where), call).to(part.device) for part in hidden]
         # a checkpoint's blocks have room for factors, whether there are any or not
         flatten(block, spec, transforms=real or has_transforms, real=real)
-        values = {f"{name}.weight": decode(units[name], grids[name][1]) for name in grids}
+        values = {f"{name}.weight": decode(units[name], grids[name][1]).flatten(1) for name in grids}
         _fill(block, kept | (plain if real else plain | values), skip=set(values) if real else set())
         for name in grids if real else ():
-            _store(block.get_submodule(name), units[name], grids[name][1].scale)
+            _store(block.get_submodule(name), units[name].flatten(1), grids[name][1])
         block.to(home)
 
 
@@ -260,15 +260,13 @@ def _fill(block: nn.Module, tensors: Tensors, skip: set[str] = frozenset()) -> N
         parameter.data = tensor.to(parameter.device, parameter.dtype)
 
 
-def _store(layer: nn.Module, units: torch.Tensor, scale: torch.Tensor) -> None:
-    """Codes (N, K), whole numbers, and scales (N, 1) into a layer of integer or table weights."""
+def _store(layer: nn.Module, units: torch.Tensor, made: Grid) -> None:
+    """Codes (N, K), whole numbers, and their grid into a layer of integer or table weights."""
     if isinstance(layer, IntLinear):
-        whole = units.to(torch.int8)
-        layer.weight.data = pack_nibbles(whole) if layer.bits <= 4 else whole
-        layer.weight_scale.data = scale.squeeze(-1).float()
+        layer.store(units, made)
         return
     assert isinstance(layer, LutLinear)
     bits = layer.spec.bits
     layer.weight.data = pack_codes((units + (1 << (bits - 1))).to(torch.uint8), bits)
-    layer.scales.data = scale.to(layer.scales.dtype)
+    layer.scales.data = made.scale.squeeze(-1).to(layer.scales.dtype)
     layer.arrange()
