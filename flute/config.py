@@ -35,7 +35,8 @@ QUANT_METHOD = "flute"
 FORMAT_VERSION = 1
 _SPEC_KEYS = tuple(f.name for f in fields(QuantSpec))
 _REQUIRED = ("quant_method", "format_version", "bits", "group_size", "table")
-_KEYS = (*_REQUIRED, "vector_size", "hadamard_size", "overrides", "modules_to_not_convert", "lm_head", "experts")
+_OPTIONAL = ("vector_size", "hadamard_size", "zero_points")
+_KEYS = (*_REQUIRED, *_OPTIONAL, "overrides", "modules_to_not_convert", "lm_head", "experts")
 _UPSTREAM_KEYS = ("num_bits", "num_sms_packed", "num_sms", "example_batch_size")
 
 

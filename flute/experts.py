@@ -19,9 +19,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from .errors import SpecError
 from .kernels import grouped, layout
 from .kernels.hadamard import hadamard
 from .packing import pack_codes
+from .parallel import is_cut, local, placed_like
 from .quantize import quantize
 from .spec import CUSTOM_TABLE, QuantSpec
 from .tables import named_table, resolve_table
@@ -48,7 +50,11 @@ class LutExperts(nn.Module):
         gate_up_proj, down_proj: Parameters uint8, codes; (E, N, row_bytes) or, on CUDA, kernel order. Never trained.
         gate_up_scales, down_scales: Parameters (E, N, G) or, on CUDA, kernel order.
         gate_up_table, down_table: buffers, one for all experts; saved only when they are custom ones.
+        shapes: (N, K) of W1 and W2 as this process holds them: under tensor parallelism with a part of the I.
     """
+
+    gate_up_proj: torch.Tensor
+    down_proj: torch.Tensor
 
     def __init__(
         self,
@@ -64,10 +70,13 @@ class LutExperts(nn.Module):
         super().__init__()
         dtype = dtype or torch.get_default_dtype()
         self.num_experts, self.gate, self.specs = num_experts, gate, {role: specs[role] for role in ROLES}
+        self.intermediate = intermediate
         self.shapes = {"gate_up": (2 * intermediate, hidden), "down": (hidden, intermediate)}
         for role, spec in self.specs.items():
             n, k = self.shapes[role]
             spec.check_layer(f"LutExperts.{role}_proj", n, k)
+            if spec.zero_points:
+                raise SpecError(f"LutExperts.{role}_proj: {spec}: experts have no zero points; leave these dense")
             codes = torch.zeros(num_experts, n, spec.row_bytes(k), dtype=torch.uint8, device=device)
             scales = torch.zeros(num_experts, n, spec.num_groups(k), dtype=dtype, device=device)
             custom = spec.table == CUSTOM_TABLE
@@ -130,8 +139,9 @@ class LutExperts(nn.Module):
         spec = self.specs[role]
         own = table if spec.table == CUSTOM_TABLE else None
         made = quantize(dense.flatten(0, 1), spec, table=own, scale=scale, scale_dtype=dense.dtype, name=name or role)
-        codes = pack_codes(made.codes, spec.code_bits)
-        self.put(role, codes.view(*dense.shape[:2], -1), made.scales.view(*dense.shape[:2], -1))
+        codes, waiting = pack_codes(made.codes, spec.code_bits), getattr(self, f"{role}_proj")
+        parts = (placed_like(waiting, part.view(*dense.shape[:2], -1)) for part in (codes, made.scales))
+        self.put(role, *parts)
         values = resolve_table(spec, own).to(device=dense.device, dtype=dense.dtype)
         self.register_buffer(f"{role}_table", values, persistent=spec.table == CUSTOM_TABLE)
         self.arrange()
@@ -156,21 +166,38 @@ class LutExperts(nn.Module):
         weight, scales = getattr(self, f"{role}_proj").detach(), getattr(self, f"{role}_scales").detach()
         if not self.in_kernel_order(role):
             return weight, scales
-        return grouped.unpack_stack(weight, scales, self.specs[role].bits, *self.shapes[role])
+        parts = grouped.unpack_stack(local(weight), local(scales), self.specs[role].bits, *self.shapes[role])
+        return placed_like(weight, parts[0]), placed_like(scales, parts[1])
 
     def arrange(self) -> LutExperts:
-        """Put codes and scales into the order that suits their device; exact, and idempotent. Returns self."""
+        """Put codes and scales into the order that suits their device; exact, and idempotent. Returns self.
+
+        Under tensor parallelism every rank does so with its part; a state dict turns it back before ranks gather it.
+        """
+        if not self.in_kernel_order("gate_up"):
+            two, hidden = local(self.gate_up_proj).shape[1], self.shapes["down"][0]
+            self.shapes = {"gate_up": (two, hidden), "down": (hidden, two // 2)}
         for role, spec in self.specs.items():
             weight, scales = getattr(self, f"{role}_proj"), getattr(self, f"{role}_scales")
             if weight.dtype != torch.uint8 or weight.is_meta:  # still waiting for its codes
                 continue
-            wanted = weight.is_cuda and layout.supports(spec.group_size, self.shapes[role][1])
+            wanted = self._suits_kernels(role)
             if wanted and not self.in_kernel_order(role):
-                packed = grouped.pack_stack(weight.data, scales.data, spec.bits, self.shapes[role][1])
-                weight.data, scales.data = packed
+                self._hold(role, *grouped.pack_stack(local(weight), local(scales), spec.bits, self.shapes[role][1]))
             elif self.in_kernel_order(role) and not wanted:
-                weight.data, scales.data = self.checkpoint_tensors(role)
+                self._hold(role, *self.checkpoint_tensors(role))
         return self
+
+    def _suits_kernels(self, role: str) -> bool:
+        return self.gate_up_proj.is_cuda and layout.supports(self.specs[role].group_size, self.shapes[role][1])
+
+    def _hold(self, role: str, codes: torch.Tensor, scales: torch.Tensor) -> None:
+        """Take codes and scales of another shape."""
+        weight, old = getattr(self, f"{role}_proj"), getattr(self, f"{role}_scales")
+        if is_cut(weight):  # of a DTensor, ``data`` keeps its shape
+            self.put(role, placed_like(weight, codes), placed_like(old, scales))
+        else:
+            weight.data, old.data = codes, scales
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LutExperts:
         before = {role: getattr(self, f"{role}_table").dtype for role in ROLES}
@@ -186,7 +213,8 @@ class LutExperts(nn.Module):
         for role in ROLES:
             if self.in_kernel_order(role):
                 for part, tensor in zip(("proj", "scales"), self.checkpoint_tensors(role), strict=True):
-                    destination[f"{prefix}{role}_{part}"] = tensor.cpu()
+                    # ranks gather on their GPUs
+                    destination[f"{prefix}{role}_{part}"] = tensor if is_cut(tensor) else tensor.cpu()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for role in ROLES:

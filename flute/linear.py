@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .errors import SpecError
 from .kernels import layout, ops
 from .kernels.hadamard import hadamard
 from .packing import pack_codes
@@ -48,6 +49,8 @@ class LutLinear(nn.Linear):
     together: Together | None = None
     place: int = 0
 
+    _holds_zeros = False
+
     # transformers' tensor-parallel wrapper hands this module plain local tensors instead of DTensors
     _hf_quantized_needs_local_tp = True
 
@@ -63,6 +66,8 @@ class LutLinear(nn.Linear):
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would allocate the dense weight
         spec.check_layer("LutLinear", out_features, in_features)
+        if spec.zero_points != self._holds_zeros:
+            raise SpecError(f"{spec}: a {type(self).__name__} does not hold this; use flute.zero_points.lut_linear")
         dtype = dtype or torch.get_default_dtype()
         self.in_features, self.out_features, self.spec = in_features, out_features, spec
         self.rows = out_features

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import torch
 
+from .errors import IntegrationError
+from .spec import QuantSpec
+
 
 def is_cut(tensor: torch.Tensor) -> bool:
     """Whether ``tensor`` is a DTensor."""
@@ -16,6 +19,22 @@ def is_cut(tensor: torch.Tensor) -> bool:
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a DTensor, any other tensor itself."""
     return tensor.to_local() if is_cut(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def check_columns(name: str, spec: QuantSpec, in_features: int, columns: int) -> None:
+    """A rank's columns must hold whole groups, bytes and rotated blocks, else they are cut at different places.
+
+    Raises:
+        IntegrationError: they do not; the line names layer ``name``.
+    """
+    group, block = spec.group(in_features), spec.hadamard_size
+    where = f"layer {name!r}: {columns} of {in_features} columns per rank"
+    if block and columns % block:
+        raise IntegrationError(
+            f"{where} do not hold whole Hadamard blocks of {block}; use fewer ranks or a smaller hadamard_size"
+        )
+    if columns % group or columns * spec.bits % 8:
+        raise IntegrationError(f"{where} do not hold whole groups of {group}; use fewer ranks or a smaller group_size")
 
 
 def placed_like(model: torch.Tensor, part: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import torch
 
-from .errors import QuantizeError
+from .errors import QuantizeError, SpecError
 from .hadamard import transform
 from .spec import QuantSpec
 from .tables import resolve_table
@@ -146,6 +146,8 @@ def _check_weight(weight: torch.Tensor, spec: QuantSpec, scale: str, name: str) 
             f"layer {name!r}: weight is {tuple(weight.shape)} {weight.dtype}; a floating-point matrix (N, K) is needed"
         )
     spec.check_layer(name, *weight.shape)
+    if spec.zero_points:
+        raise SpecError(f"layer {name!r}: nothing is quantized with zero points here; leave zero_points out")
     finite = torch.isfinite(weight)
     if not bool(finite.all()):
         bad = torch.nonzero(~finite)
@@ -226,6 +228,7 @@ def dequantize(
     spec: QuantSpec,
     *,
     table: torch.Tensor | None = None,
+    zeros: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """The weights that codes and scales stand for: ``dtype(table[codes] * scales)``, rounded once, rotated back.
@@ -233,6 +236,7 @@ def dequantize(
     Args:
         codes: uint8 (N, K / vector_size). scales: (N, ceil(K / g)).
         spec, table: as in `quantize`.
+        zeros: (N, ceil(K / g)) where ``spec.zero_points``: then ``dtype(dtype(table[codes] - zeros) * scales)``.
         dtype: of the result, and the dtype to which the table is rounded first; default the scales' own.
 
     Returns:
@@ -244,5 +248,7 @@ def dequantize(
     if spec.vector_size == 2:
         decoded = decoded.flatten(-2)
     width = decoded.shape[1]
+    if zeros is not None:
+        decoded = (decoded - spread(zeros, spec.group(width), width)).to(dtype).float()
     whole = decoded * spread(scales, spec.group(width), width)
     return (transform(whole, spec.hadamard_size) if spec.hadamard_size else whole).to(dtype)

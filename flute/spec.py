@@ -47,6 +47,8 @@ class QuantSpec:
         hadamard_size: n > 0: codes and scales are those of W H, every n neighbours along K rotated (`flute.hadamard`),
             and a layer rotates its input likewise. In one layer's spec n is a block size that divides K; in what is
             asked for a model it is the most, see `fitted`.
+        zero_points: ``W ~ (table[codes] - zeros) * scales`` with a zero point for every group (`flute.zero_points`).
+            Layers of other owners have them (``flute convert``); nothing here is quantized so.
 
     Raises:
         SpecError: a value is outside these limits.
@@ -57,6 +59,7 @@ class QuantSpec:
     table: str = "nf4"
     vector_size: int = 1
     hadamard_size: int = 0
+    zero_points: bool = False
 
     def __post_init__(self) -> None:
         if _whole("bits", self.bits) not in (2, 3, 4):
@@ -86,6 +89,11 @@ class QuantSpec:
         if not 0 <= _whole("hadamard_size", self.hadamard_size) <= MOST:
             raise SpecError(
                 f"hadamard_size={self.hadamard_size} is not supported; use 0 (no rotation) or a block up to {MOST}"
+            )
+        if type(self.zero_points) is not bool or (self.zero_points and (self.vector_size == 2 or self.hadamard_size)):
+            raise SpecError(
+                f"zero_points={self.zero_points!r} is not supported here; it is true or false, and true without pairs "
+                "and rotation"
             )
 
     # ---- derived numbers -------------------------------------------------------------------------------------------
@@ -133,8 +141,9 @@ class QuantSpec:
         return -(-in_features * self.bits // 8)
 
     def bits_per_weight(self, in_features: int, scale_bits: int = 16) -> float:
-        """Real bits per weight with codes and scales counted."""
-        return (8 * self.row_bytes(in_features) + scale_bits * self.num_groups(in_features)) / in_features
+        """Real bits per weight with codes, scales and zero points counted."""
+        per_group = scale_bits * (1 + self.zero_points)
+        return (8 * self.row_bytes(in_features) + per_group * self.num_groups(in_features)) / in_features
 
     def check_layer(self, name: str, out_features: int, in_features: int) -> None:
         """Raise SpecError naming the layer if a weight (N, K) cannot be stored in this spec."""
@@ -154,10 +163,11 @@ class QuantSpec:
     # ---- JSON ------------------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, one key per field; ``hadamard_size`` only where there is a rotation."""
+        """Plain JSON values, one key per field; ``hadamard_size`` and ``zero_points`` only where there are such."""
         values = asdict(self)
-        if not self.hadamard_size:
-            del values["hadamard_size"]  # versions that know no rotation can read it
+        for name in ("hadamard_size", "zero_points"):
+            if not values[name]:
+                del values[name]  # versions that do not know it can read the rest
         return values
 
     @classmethod
@@ -180,4 +190,5 @@ class QuantSpec:
     def __str__(self) -> str:
         group = "row" if self.group_size == -1 else f"g{self.group_size}"
         pairs = "x2" if self.vector_size == 2 and self.table == CUSTOM_TABLE else ""
-        return f"{self.table}{pairs} {self.bits}bit {group}" + (f" h{self.hadamard_size}" if self.hadamard_size else "")
+        rotated = f" h{self.hadamard_size}" if self.hadamard_size else ""
+        return f"{self.table}{pairs} {self.bits}bit {group}{rotated}" + (" zeros" if self.zero_points else "")

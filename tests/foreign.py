@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_models import build
 from torch import nn
 
 SIZES: dict[str, Any] = {
     "hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
 }  # fmt: skip
+_NOT_LAYERS = ("embed_tokens", "lm_head", "gate", "shared_expert_gate")
 Parts = dict[str, torch.Tensor]
 
 
@@ -114,6 +115,40 @@ def flute_words(codes: torch.Tensor, bits: int, tile: int) -> torch.Tensor:
     return torch.from_numpy(packed.astype(np.uint16).view(np.int16))
 
 
+def gguf_writer(path: Path, architecture: str) -> Any:
+    """Of a file of llama.cpp for a model of `SIZES` with one layer and 97 tokens; tensors are to be added."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_context_length(64)
+    writer.add_embedding_length(128)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(192)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_key_length(32)
+    writer.add_value_length(32)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(32)
+    writer.add_vocab_size(97)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["<pad>", "<s>", "</s>", "AB", *(chr(33 + i) for i in range(93))])
+    writer.add_token_types([3, 3, 3] + [1] * 94)
+    writer.add_token_merges(["A B"])
+    for name, number in (("bos", 1), ("eos", 2), ("pad", 0)):
+        getattr(writer, f"add_{name}_token_id")(number)
+    return writer
+
+
+def written(writer: Any) -> None:
+    """Finish such a file."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def checkpoint(
     folder: Path,
     layer: Callable[[str, nn.Linear], Parts],
@@ -124,14 +159,19 @@ def checkpoint(
     family: str = "Llama",
     **sizes: Any,
 ) -> Path:
-    """A tiny model in ``folder`` whose decoder layers have the tensors that ``layer`` makes, in so many files."""
-    model = build(family, dtype, **{**SIZES, **sizes})
-    model.save_pretrained(folder)
-    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for name, module in model.named_modules():
-        if type(module) is nn.Linear and name != "lm_head":
-            del tensors[f"{name}.weight"]
-            tensors |= {name + part: tensor.clone().contiguous() for part, tensor in layer(name, module).items()}
+    """A tiny model in ``folder`` whose decoder layers have the tensors that ``layer`` makes, in so many files.
+
+    ``layer``: the name of a matrix on disk, and a linear layer of its shape.
+    """
+    build(family, dtype, **{**SIZES, **sizes}).save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    for key, weight in list(tensors.items()):  # as they are on disk: matrices of experts one by one
+        name = key.removesuffix(".weight")
+        if weight.dim() == 2 and name.rpartition(".")[2] not in _NOT_LAYERS:
+            linear = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+            parts = layer(name, linear)
+            del tensors[key]
+            tensors |= {name + part: tensor.clone().contiguous() for part, tensor in parts.items()}
     values = json.loads((folder / "config.json").read_text())
     if config is not None:
         values["quantization_config"] = config

@@ -90,17 +90,46 @@ def test_integers_with_zero_points(
     assert not (tmp_path / "b.partial").exists()
 
 
-def test_zero_points_that_differ_at_4_bits_are_refused_by_name_or_kept_dense(tmp_path: Path) -> None:
+ASYMMETRIC = [
+    (foreign.awq, {"quant_method": "awq", "bits": 4, "group_size": 64}, list(range(16))),
+    (lambda *a: foreign.gptq(*a, 4), GPTQ, list(range(1, 16))),
+    (lambda *a: foreign.compressed(*a, 4), CT, [3, 8, 14]),
+]
+
+
+@pytest.mark.parametrize(("pack", "config", "zeros"), ASYMMETRIC, ids=["awq", "gptq", "compressed-tensors"])
+def test_a_zero_point_for_each_group_at_4_bits(
+    pack: Any, config: dict[str, Any], zeros: list[int], tmp_path: Path
+) -> None:
+    weights: Weights = {}
+    layer = uniform_layer(weights, pack, 64, 4, zeros)
+    source = foreign.checkpoint(tmp_path / "a", layer, config, num_hidden_layers=1)
+    made = run(source, tmp_path / "b")
+    assert {layer.spec for layer in made.layers} == {QuantSpec(4, 64, "int4", zero_points=True)}
+    assert not any(layer.rounded for layer in made.layers)
+    model = load(tmp_path / "b")
+    assert len(weights) == 7 and equal(model, weights)
+    dense = load(tmp_path / "b").dequantize()
+    expected = dense(prompt()).logits
+    assert (model(prompt()).logits - expected).norm() < 0.01 * expected.norm()
+    model.save_pretrained(tmp_path / "again")
+    assert equal(load(tmp_path / "again"), weights)
+
+
+def test_what_is_not_exact_is_refused_by_name_or_kept_dense(tmp_path: Path) -> None:
     weights: Weights = {}
     varied = "model.layers.1.mlp.up_proj"
 
     def layer(name: str, linear: nn.Linear) -> Parts:
-        zeros = [5, 11] if name == varied else [8]
-        q, z, s, weights[name] = integers(*linear.weight.shape, 64, 4, zeros)
-        return foreign.awq(q, z, s)
+        q, z, s, weights[name] = integers(*linear.weight.shape, 64, 4, [8])
+        if name == varied:  # act-order: groups scattered over the inputs
+            scattered = torch.arange(q.shape[1]) % z.shape[1]
+            weights[name] = (q - 8).half() * s[:, scattered]
+            return {**foreign.gptq(q, z, s, 4), ".g_idx": scattered.int()}
+        return foreign.gptq(q, z, s, 4)
 
-    source = foreign.checkpoint(tmp_path / "a", layer, {"quant_method": "awq", "bits": 4, "group_size": 64})
-    with pytest.raises(CheckpointError, match=rf"1 of 14 layers.*--dense-fallback.*22 levels.*has 16 \({varied}\)"):
+    source = foreign.checkpoint(tmp_path / "a", layer, GPTQ)
+    with pytest.raises(CheckpointError, match=rf"1 of 14 layers.*--dense-fallback.*act-order.*\({varied}\)"):
         run(source, tmp_path / "b")
     assert not (tmp_path / "b").exists() and not (tmp_path / "b.partial").exists()
     made = run(source, tmp_path / "b", dense_fallback=True)
@@ -243,6 +272,9 @@ def test_tiles_of_a_zoo_checkpoint(tmp_path: Path) -> None:
     small = zoo(tmp_path / "small", {}, config={**newer, "num_bits": 3})
     with pytest.raises(CheckpointError, match="no upstream kernel has 3 bits and tile 64"):
         run(small, tmp_path / "no", tile=64)
+    named = zoo(tmp_path / "named", {})
+    with pytest.raises(CheckpointError, match=r"has num_sms, so it was packed with tile 32, not 64.*leave --tile out"):
+        run(named, tmp_path / "no", tile=64)
     packed = foreign.flute_words(torch.zeros(128, 2, dtype=torch.int64), 4, 32)
     with pytest.raises(CheckpointError, match=r"tile 64 at 4 bits: its 128 outputs.*multiple of 256.*another tile"):
         upstream.unpack(packed, 4, 64)
@@ -404,13 +436,14 @@ def test_command(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_refusals_show_every_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from flute.cli import main
 
-    layer = uniform_layer({}, foreign.awq, 64, 4, range(16))
-    source = foreign.checkpoint(tmp_path / "a", layer, {"quant_method": "awq", "bits": 4, "group_size": 64})
+    layer = uniform_layer({}, lambda *a: {**foreign.gptq(*a, 4), ".g_idx": torch.arange(a[0].shape[1]).int() % 2},
+                          64, 4, [8])  # fmt: skip
+    source = foreign.checkpoint(tmp_path / "a", layer, GPTQ)
     with pytest.raises(SystemExit) as end:
         main(["convert", str(source), "-o", str(tmp_path / "b")])
     out, err = capsys.readouterr()
     assert end.value.code == 1 and err.count("\n") == 1 and "and 10 more" in err
-    assert out.count("dense: its weights take 31 levels") == 14
+    assert out.count("dense: act-order (desc_act) scatters its groups") == 14
 
 
 FORMATS: list[tuple[dict[str, Any], Parts]] = [

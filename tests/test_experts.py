@@ -17,7 +17,7 @@ from flute import FluteConfig, LutLinear, QuantSpec
 from flute.checkpoint import streaming
 from flute.checkpoint.plan import make_plan
 from flute.config import ModelSpec
-from flute.errors import CheckpointError, IntegrationError, QuantizeError, SpecError
+from flute.errors import CheckpointError, QuantizeError, SpecError
 from flute.experts import ROLES, LutExperts
 from flute.integrations import folders, mixtures
 from flute.integrations.base import prepare_model_flute
@@ -260,13 +260,6 @@ def test_device_maps(device_map: Any, tmp_path: Path) -> None:
     reference = load(tmp_path / "out")
     model = load(tmp_path / "out", device_map=device_map, offload_folder=tmp_path / "offload")
     assert torch.equal(model(prompt()).logits.cpu(), reference(prompt()).logits)
-
-
-def test_tensor_parallel_shards_are_refused() -> None:
-    shard = torch.zeros(2, 2)
-    shard.device_mesh = object()  # type: ignore[attr-defined]  # as a DTensor has one
-    with pytest.raises(IntegrationError, match="cannot be spread by tensor parallelism"):
-        mixtures.refuse_shards("a.experts", shard)
 
 
 def test_the_upstream_way_says_that_it_leaves_experts() -> None:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -19,12 +20,13 @@ from safetensors.torch import load_file, save_file
 from test_checkpoint import digests, interrupted, make
 from tiny_models import build, load
 
+from flute import FluteConfig, QuantSpec
 from flute.checkpoint import atomic
 from flute.checkpoint.files import MAX_JSON_BYTES, inside, read_json
 from flute.checkpoint.shards import INDEX, read_headers
 from flute.cli import main
 from flute.config import ModelSpec
-from flute.errors import CheckpointError, FluteError, QuantizeError
+from flute.errors import CheckpointError, FluteError, QuantizeError, SpecError
 from flute.integrations import folders
 
 torch.set_num_threads(2)
@@ -248,6 +250,58 @@ def test_wrong_tensors(
     edit(folder, change)
     assert rule in refused("inspect", folder, capsys=capsys)
     assert rule in refused("generate", folder, "--prompt", "x", capsys=capsys)
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+HALF: dict[str, tuple[Callable[[Path, str], Any], str]] = {
+    "a shard is missing": (lambda folder, shard: (folder / shard).unlink(), "SHARD is missing; download or copy it"),
+    "a shard is cut": (
+        lambda folder, shard: (folder / shard).write_bytes((folder / shard).read_bytes()[:-9]),
+        "SHARD cannot be read: it has",
+    ),
+    "a shard is empty": (lambda folder, shard: (folder / shard).write_bytes(b""), "SHARD cannot be read: damaged"),
+    "a pointer of Git LFS": (lambda folder, shard: (folder / shard).write_bytes(LFS), "SHARD cannot be read: it is"),
+    "a shard of other bits": (
+        lambda folder, shard: shutil.copy(folder.parent / "other" / shard, folder), "in SHARD is (120, 27) of U8, not",
+    ),
+    "another shard's content": (
+        lambda folder, shard: shutil.copy(sorted(folder.glob("*.safetensors"))[0], folder / shard), "is missing",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", HALF)
+def test_half_downloaded_and_mixed_shards(damage: str, dense: Path, tmp_path: Path) -> None:
+    for name, config in (("damaged", FluteConfig(bits=4)), ("other", FluteConfig(bits=3))):
+        load(dense, quantization_config=config).save_pretrained(tmp_path / name, max_shard_size="40KB")
+    shard = sorted(path.name for path in (tmp_path / "damaged").glob("*.safetensors"))[1]
+    change, words = HALF[damage]
+    change(tmp_path / "damaged", shard)
+    with pytest.raises(CheckpointError) as refusal:
+        load(tmp_path / "damaged")
+    assert words.replace("SHARD", shard) in str(refusal.value) and "\n" not in str(refusal.value)
+    with pytest.raises(CheckpointError, match=re.escape(str(tmp_path / "damaged"))):
+        folders.validate(tmp_path / "damaged")
+
+
+def test_shards_without_their_index(sharded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = copied(sharded, tmp_path)
+    (source / INDEX).unlink()
+    assert "its download is not complete" in refused("quantize", source, "-o", tmp_path / "out", capsys=capsys)
+
+
+@pytest.mark.parametrize("entries", [15, 17, 8])
+def test_tables_of_a_wrong_length(entries: int, dense: Path, tmp_path: Path) -> None:
+    config = FluteConfig(QuantSpec(4, 64, "custom"), table_values=torch.linspace(-1, 1, 16))
+    load(dense, quantization_config=config).save_pretrained(tmp_path / "damaged")
+    edit(tmp_path / "damaged", lambda tensors: tensors.update({f"{LAYER}.table": torch.ones(entries)}))
+    with pytest.raises(CheckpointError, match=rf"{LAYER}\.table.*\({entries},\) of F32, not \(16,\)") as refusal:
+        load(tmp_path / "damaged")
+    assert "\n" not in str(refusal.value)
+    with pytest.raises(CheckpointError, match=rf"{LAYER}\.table is F32 \({entries},\), expected .* \(16,\)"):
+        folders.validate(tmp_path / "damaged")
+    with pytest.raises(SpecError, match=rf"table.*\({entries},\)"):
+        load(dense, quantization_config=FluteConfig(config.spec, table_values=torch.ones(entries)))
 
 
 def test_all_problems_at_once(quantized: Path, tmp_path: Path) -> None:

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tiny_models import build, dense_linears, equal_states, load, prompt, saved
 from torch import nn
 
 from flute import FluteConfig, LutLinear, QuantSpec
 from flute.errors import CheckpointError, FluteError, IntegrationError, QuantizeError, SpecError
+from flute.integrations import versions
 
 torch.set_num_threads(2)
 
@@ -299,6 +301,23 @@ def test_bad_config_is_one_line(record: dict[str, Any], message: str, tampered: 
 def test_config_and_tensors_that_disagree(record: dict[str, Any], tampered: Callable[..., Path]) -> None:
     with pytest.raises(FluteError, match=re.escape(UP)):
         load(tampered(**record))
+
+
+@pytest.mark.parametrize("version", ["4.57.1", "5.0.0rc1", "5.7.3"])
+def test_another_transformers_is_refused(
+    version: str, dense: str, quantized: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transformers, "__version__", version)
+    said = rf"this is transformers {version}; flute [\w.+]+ loads models with transformers 5\.8 or later; run: pip"
+    for folder, options in ((quantized, {}), (dense, {"quantization_config": FluteConfig()})):
+        with pytest.raises(IntegrationError, match=said):
+            load(folder, **options)
+
+
+@pytest.mark.parametrize("version", ["5.8.0", "5.9.0.dev0", "6.1"])
+def test_later_ones_are_not(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers, "__version__", version)
+    versions.check_transformers()
 
 
 # ---- on a GPU --------------------------------------------------------------------------------------------------------

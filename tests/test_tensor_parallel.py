@@ -4,26 +4,71 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
+import foreign
 import pytest
 import torch
 import torch.distributed as dist
+from test_convert import run, uniform_layer
 from tiny_models import equal_states, load, prompt, saved
 
 from flute import FluteConfig
 from flute.errors import IntegrationError
+from flute.experts import LutExperts
 from flute.linear import LutLinear
 from flute.methods import higgs_spec
 
+MIXTURES: dict[str, dict[str, Any]] = {
+    "Mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 192},
+    "Qwen3Moe": {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 64, "mlp_only_layers": []},
+}
+WIDE = FluteConfig(bits=3, group_size=16, overrides={"*.experts.down_proj": {"group_size": 64}})
 SHARE = {"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 8, "vocab_size": 98}
+
+
+def mixtures_main(folder: Path) -> None:
+    """Experts: each rank holds its rows of gate and up and its columns of down of every one, and no expert whole."""
+    from transformers.distributed import DistributedConfig
+
+    plan = {"distributed_config": DistributedConfig(tp_plan="auto")}
+    for family, sizes in MIXTURES.items():
+        whole, config = load(folder / family / "quantized"), FluteConfig(bits=3, group_size=16)
+        for source, keywords in (("quantized", {}), ("dense", {"quantization_config": config})):
+            model, inner = load(folder / family / source, **plan, **keywords), list(sizes.values())[2] // 2
+            experts = model.model.layers[1].mlp.experts
+            assert experts.shapes == {"gate_up": (2 * inner, 96), "down": (96, inner)}
+            assert experts.gate_up_proj.to_local().shape[1:] == (2 * inner, 36)
+            assert experts.down_scales.to_local().shape[1:] == (96, inner // 16)
+            with torch.no_grad():
+                found, expected = model(prompt()).logits, whole(prompt()).logits
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+            model.save_pretrained(folder / family / f"saved {source}")
+            dist.barrier()
+            assert equal_states(load(folder / family / f"saved {source}"), whole)
+    with mock.patch.object(LutExperts, "_suits_kernels", lambda layer, role: True):
+        model = load(folder / "Mixtral" / "quantized", **plan)
+        assert all(layer.in_kernel_order("down") for layer in model.modules() if isinstance(layer, LutExperts))
+        model.save_pretrained(folder / "saved from kernel order")
+    dist.barrier()
+    assert equal_states(load(folder / "saved from kernel order"), load(folder / "Mixtral" / "quantized"))
+    for source, keywords in (("Mixtral/dense", {"quantization_config": WIDE}), ("wide groups", {})):
+        with pytest.raises(IntegrationError, match=r"experts\.down_proj': 96 of 192 columns per rank do not hold"):
+            load(folder / source, **plan, **keywords)
+    newer = hasattr(DistributedConfig, "ep_size")
+    options = {"tp_size": 2, "ep_size": 2} if newer else {"tp_plan": "auto", "enable_expert_parallel": True}
+    plan = {"distributed_config": DistributedConfig(**options)}
+    for source, keywords in (("quantized", {}), ("dense", {"quantization_config": WIDE})):
+        with pytest.raises(IntegrationError, match="experts cannot be spread by expert parallelism; use tensor paral"):
+            load(folder / "Qwen3Moe" / source, **plan, **keywords)
+    dist.barrier()
 
 
 def rank_main(folder: Path) -> None:
     """What each process does."""
     from transformers.distributed import DistributedConfig
 
-    torch.set_num_threads(1)
     plan = {"distributed_config": DistributedConfig(tp_plan="auto")}
     whole = load(folder / "quantized")
     expected = whole(prompt()).logits
@@ -43,6 +88,10 @@ def rank_main(folder: Path) -> None:
         model.save_pretrained(folder / "saved from kernel order")
     dist.barrier()
     assert equal_states(load(folder / "saved from kernel order"), whole)
+    with torch.no_grad():
+        made, expected = (load(folder / "zero points", dtype=torch.float32, **keywords) for keywords in (plan, {}))
+        assert made.model.layers[0].mlp.down_proj.zeros.to_local().shape == (96, 5)
+        torch.testing.assert_close(made(prompt()).logits, expected(prompt()).logits, rtol=1e-4, atol=1e-4)
     rotated = higgs_spec(3, 16, hadamard_size=16)
     with torch.no_grad():
         expected = load(folder / "dense", quantization_config=FluteConfig(rotated))(prompt()).logits
@@ -76,12 +125,28 @@ def run_ranks(file: str, folder: Path, devices: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
+def test_two_ranks_share_experts(tmp_path: Path) -> None:
+    config = FluteConfig(bits=3, group_size=16)
+    for family, sizes in MIXTURES.items():
+        dense = saved(tmp_path / family / "dense", family, **{**SHARE, **sizes})
+        load(dense, quantization_config=config).save_pretrained(tmp_path / family / "quantized")
+    load(tmp_path / "Mixtral" / "dense", quantization_config=WIDE).save_pretrained(tmp_path / "wide groups")
+    run_ranks(__file__, tmp_path, devices="")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
 def test_two_ranks(tmp_path: Path) -> None:
     dense = saved(tmp_path / "dense", "Qwen2", **SHARE)
     load(dense, quantization_config=FluteConfig(bits=3, group_size=16)).save_pretrained(tmp_path / "quantized")
     load(dense, quantization_config=FluteConfig(bits=3, group_size=64)).save_pretrained(tmp_path / "wide groups")
+    layer = uniform_layer({}, foreign.awq, 16, 4, list(range(16)))
+    settings = {"quant_method": "awq", "bits": 4, "group_size": 16}
+    run(foreign.checkpoint(tmp_path / "awq", layer, settings, family="Qwen2", **SHARE), tmp_path / "zero points")
     run_ranks(__file__, tmp_path, devices="")
 
 
 if __name__ == "__main__":
-    rank_main(Path(sys.argv[1]))
+    place = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    (rank_main if (place / "quantized").exists() else mixtures_main)(place)

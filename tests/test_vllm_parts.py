@@ -14,6 +14,7 @@ import flute
 from flute import QuantSpec, dequantize, quantize
 from flute.config import ModelSpec
 from flute.errors import SpecError
+from flute.experts import LutExperts
 from flute.integrations.vllm import NAMES, slicing, supported
 from flute.integrations.vllm.names import expert_specs, linear_specs
 from flute.packing import pack_codes, unpack_codes
@@ -46,6 +47,29 @@ def test_shares_are_the_weight(bits: int, vector_size: int, group: int, ranks: i
         assert scales.shape == (n, own.spec.num_groups(own.in_features))
         parts.append(dequantize(*Quantized(codes, scales), own.spec))
     assert torch.equal(torch.cat(parts, 1), whole)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_experts_of_all_ranks_sum_to_the_whole(ranks: int) -> None:
+    """Ranks share rows of gate and up and columns of down, here through its groups; vLLM adds up what they make."""
+    torch.manual_seed(0)
+    specs = {"gate_up": QuantSpec(4, 32, "nf4"), "down": QuantSpec(3, 64, "nf3")}
+    whole, inner = LutExperts(3, 48, 96, specs), 96 // ranks
+    for role, (n, k) in whole.shapes.items():
+        whole.fill(role, torch.randn(3, n, k))
+    x, index, weights = torch.randn(7, 48), torch.rand(7, 3).topk(2).indices, torch.rand(7, 2)
+    total = torch.zeros(7, 48)
+    for rank in range(ranks):
+        own = slicing.share("down", specs["down"], 96, rank, ranks)
+        made = LutExperts(3, 48, inner, {**specs, "down": own.spec})
+        rows = [*range(rank * inner, (rank + 1) * inner), *range(96 + rank * inner, 96 + (rank + 1) * inner)]
+        made.put("gate_up", whole.gate_up_proj[:, rows], whole.gate_up_scales[:, rows])
+        codes, scales = (torch.stack([*map(take, held)]) for take, held in (
+            (own.take_codes, whole.down_proj), (own.take_scales, whole.down_scales)))  # fmt: skip
+        made.put("down", codes, scales)
+        assert torch.equal(made.dequantize("down"), whole.dequantize("down")[..., rank * inner : (rank + 1) * inner])
+        total += made(x, index, weights)
+    torch.testing.assert_close(total, whole(x, index, weights), rtol=1e-4, atol=1e-4)
 
 
 def test_a_cut_through_a_group() -> None:

@@ -29,6 +29,7 @@ from flute.integrations.vllm import register
 from flute.packing import pack_codes
 
 FOUR, THREE, OWN = QuantSpec(4, 32, "nf4"), QuantSpec(3, 32, "nf3"), QuantSpec(4, 32, "custom")
+ZEROS = QuantSpec(4, 32, "int4", zero_points=True)
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 TABLE = torch.linspace(-1, 1, 16)
 
@@ -38,6 +39,13 @@ def weight(n: int, k: int, spec: QuantSpec = FOUR) -> tuple[torch.Tensor, torch.
     table = TABLE if spec is OWN else None
     made = flute.quantize(torch.randn(n, k), spec, table=table, scale_dtype=torch.float32)
     return pack_codes(made.codes, spec.code_bits), made.scales, flute.dequantize(*made, spec, table=table)
+
+
+def with_zeros(n: int, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes, scales, W and zero points."""
+    codes = torch.randint(16, (n, k), dtype=torch.uint8)
+    scales, zeros = 0.1 * torch.rand(n, k // 32), torch.randint(-8, 8, (n, k // 32)).float()
+    return pack_codes(codes, 4), scales, flute.dequantize(codes, scales, ZEROS, zeros=zeros), zeros
 
 
 def check(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -56,15 +64,19 @@ def linears(config: object) -> None:
          {"q": weight(128, 128), "k": weight(64, 128), "v": weight(64, 128, THREE)}),
         (linear.MergedColumnParallelLinear(128, [96, 96], prefix="a.gate_up_proj", **plain),
          {0: weight(96, 128), 1: weight(96, 128)}),
+        (linear.QKVParallelLinear(128, 32, 4, 2, prefix="b.qkv_proj", **plain),
+         {"q": with_zeros(128, 128), "k": with_zeros(64, 128), "v": weight(64, 128, THREE)}),
         (linear.RowParallelLinear(128, 96, prefix="a.o_proj", **plain), {None: weight(96, 128, OWN)}),
         (linear.ReplicatedLinear(128, 96, prefix="a.other_proj", **plain), {None: weight(96, 128)}),
         (ParallelLMHead(100, 128, prefix="lm_head", **keywords), {None: weight(100, 128)}),
     ]  # fmt: skip
     for layer, parts in cases:
-        for part, (codes, scales, _) in parts.items():
+        for part, (codes, scales, _, *zeros) in parts.items():
             which = () if part is None else (part,)
             layer.weight.weight_loader(layer.weight, codes, *which)
             layer.scales.weight_loader(layer.scales, scales, *which)
+            for held in zeros:
+                layer.zeros.weight_loader(layer.zeros, held, *which)
         if layer.table is not None:
             layer.table.weight_loader(layer.table, TABLE)
         layer.quant_method.process_weights_after_loading(layer)
@@ -101,7 +113,14 @@ def experts(config: object) -> None:
 def main() -> None:
     torch.manual_seed(0)
     register()
-    overrides = {"*.v_proj": {"bits": 3}, "*.o_proj": {"table": "custom"}, "*.experts.down_proj": {"bits": 3}}
+    asymmetric = {"table": "int4", "zero_points": True}
+    overrides = {
+        "b.q_proj": asymmetric,
+        "b.k_proj": asymmetric,
+        "*.v_proj": {"bits": 3},
+        "*.o_proj": {"table": "custom"},
+        "*.experts.down_proj": {"bits": 3},
+    }
     with set_current_vllm_config(VllmConfig()), tempfile.TemporaryDirectory() as folder:
         init_distributed_environment(1, 0, f"file://{folder}/meet", 0, "gloo")
         initialize_model_parallel(1, 1)

@@ -19,12 +19,13 @@ class TensorNames(NamedTuple):
     codes: str
     scales: str
     table: str
+    zeros: str = ""
 
 
 def tensor_names(layer: str, shape: tuple[int, ...]) -> TensorNames:
     """A linear layer (N, K) has tensors of its own; a stack (E, N, K) is itself one, with the others beside it."""
     if len(shape) == 2:
-        return TensorNames(f"{layer}.weight", f"{layer}.scales", f"{layer}.table")
+        return TensorNames(f"{layer}.weight", f"{layer}.scales", f"{layer}.table", f"{layer}.zeros")
     stem = layer.removesuffix("_proj")
     return TensorNames(layer, f"{stem}_scales", f"{stem}_table")
 

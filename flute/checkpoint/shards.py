@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +22,7 @@ from .files import inside, read_json, refuse
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_POINTER = b"version https://git-lfs"
 _PICKLES = ("*.bin", "*.pth", "*.pt", "*.pkl", "*.ckpt")
 
 # Names of dtypes in a safetensors header -> torch. Only what a model in this engine can consist of.
@@ -83,6 +84,9 @@ def _why(path: Path, error: Exception) -> str:
         with open(path, "rb") as file:
             found = file.seek(0, 2)
             file.seek(0)
+            if file.read(len(_POINTER)) == _POINTER:
+                return "it is a pointer of Git LFS, without the file (git lfs pull)"
+            file.seek(0)
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(min(length, found)))
         header.pop("__metadata__", None)
@@ -120,9 +124,7 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
     if (folder / SINGLE).exists():  # before an index, as transformers does
         return read_header(inside(folder, SINGLE))
     if not (folder / INDEX).exists():
-        pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
-        hint = f"; {pickles[0]} is a pickle, which can run code and is never read: " if pickles else "; "
-        raise CheckpointError(f"{folder} has no {SINGLE} and no {INDEX}{hint}save the model as safetensors first")
+        _refuse_without_index(folder)
     weight_map = read_json(inside(folder, INDEX)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{folder / INDEX} has no weight_map; download or copy it again")
@@ -148,6 +150,16 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
     if problems:
         refuse(folder, problems)
     return found
+
+
+def _refuse_without_index(folder: Path) -> NoReturn:
+    lacking = f"{folder} has no {SINGLE} and no {INDEX}"
+    shards = sorted(path.name for path in folder.glob("*.safetensors"))
+    if shards:
+        raise CheckpointError(f"{lacking}, but {shards[0]}: its download is not complete; download it again")
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    hint = f"; {pickles[0]} is a pickle, which can run code and is never read: " if pickles else "; "
+    raise CheckpointError(f"{lacking}{hint}save the model as safetensors first")
 
 
 def index_json(tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:

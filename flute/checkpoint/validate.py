@@ -20,7 +20,7 @@ _FLOATS = ("F16", "BF16", "F32")
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One quantized layer: name, (N, K) or (E, N, K), spec, bytes on disk (codes, scales, table), bits per weight."""
+    """One quantized layer: name, (N, K) or (E, N, K), spec, bytes on disk (of all tensors), bits per weight."""
 
     name: str
     shape: tuple[int, ...]
@@ -144,6 +144,8 @@ def _check_layer(
     }
     if spec.table == CUSTOM_TABLE:
         wanted[names.table] = (_FLOATS, spec.table_shape)
+    if spec.zero_points:
+        wanted[names.zeros] = wanted[names.scales]
     nbytes = 0
     for tensor, (dtypes, shape) in wanted.items():
         if tensor not in found:
@@ -163,6 +165,7 @@ def _check_dense(
     """Everything but codes, scales and tables; returns its bytes. Tensors stored in parts are left to the loader."""
     ours = {part for name in architecture.linears for part in architecture.names(name)[:2]}
     ours |= {architecture.names(name).table for name, spec in architecture.specs.items() if spec.table == CUSTOM_TABLE}
+    ours |= {architecture.names(name).zeros for name, spec in architecture.specs.items() if spec.zero_points}
     for name, shape in architecture.tensors.items():
         if name in ours or name in parts:
             continue

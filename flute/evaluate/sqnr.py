@@ -100,7 +100,8 @@ def distances(
                 continue
             table = made.parts(names.table)[0][:].float() if layer.spec.table == CUSTOM_TABLE else None
             energy = torch.zeros(2, dtype=torch.float64)
-            for one in zip(codes, scales, weights, strict=True):
+            zeros = [made.parts(names.zeros)] if layer.spec.zero_points else []
+            for one in zip(codes, scales, weights, *zeros, strict=True):
                 energy += sum(_energies(layer.spec, table, *one), torch.zeros(2, dtype=torch.float64))
             found[layer.name] = decibels(*energy.tolist())
             progress(layer.name, layer.weights)
@@ -116,16 +117,16 @@ def decibels(signal: float, noise: float) -> float:
 
 
 def _energies(spec: QuantSpec, table: torch.Tensor | None, *parts: Any) -> Iterator[torch.Tensor]:
-    """(sum W^2, sum (W - W^)^2) in float64 of each slice of rows of codes, scales and W, matrices or stacks of them."""
+    """(sum W^2, sum (W - W^)^2) in float64 of each slice of rows of codes, scales, W (and zero points), or stacks."""
     stacked = len(parts[0].get_shape()) == 3
     rows, width = parts[2].get_shape()[-2:]
     step = max(1, _WEIGHTS_AT_ONCE // width)
     for one in range(parts[0].get_shape()[0]) if stacked else (None,):
         for start in range(0, rows, step):
             here: Any = slice(start, start + step) if one is None else (one, slice(start, start + step))
-            codes, scales, weight = (part[here] for part in parts)
+            codes, scales, weight, *zeros = (part[here] for part in parts)
             codes = unpack_codes(codes, spec.code_bits, spec.row_codes(width))
-            made = dequantize(codes, scales, spec, table=table, dtype=torch.float32)
+            made = dequantize(codes, scales, spec, table=table, zeros=next(iter(zeros), None), dtype=torch.float32)
             weight = weight.double()
             yield torch.stack([weight.square().sum(), (weight - made).square().sum()])
 

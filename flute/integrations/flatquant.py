@@ -20,6 +20,7 @@ from ..checkpoint.files import refuse
 from ..checkpoint.shards import TensorInfo, read_header
 from ..errors import CheckpointError, IntegrationError
 from ..flatquant.spec import QUANT_METHOD, FlatSpec
+from .versions import check_transformers
 
 _FLOATS = ("F16", "BF16", "F32")
 _INTEGERS = {torch.uint8: ("U8",), torch.int8: ("I8",), torch.int32: ("I32",)}
@@ -73,6 +74,7 @@ class FlatQuantHfQuantizer(HfQuantizer):
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse what cannot work before anything is built."""
+        check_transformers()
         if not self.pre_quantized:
             raise IntegrationError("FlatQuant has to be calibrated: run flute flatquant MODEL -o OUT and load OUT")
         self.quantization_config.spec.check_storable()

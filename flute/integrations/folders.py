@@ -227,6 +227,7 @@ def dense_folder(found: Found, beside: Path) -> Iterator[Path]:
         yield found.folder
         return
     model, tokenizer = load(found)
+    vars(model).pop("_weight_conversions", None)  # those of GGUF; without them names on disk are the model's own
     with TemporaryDirectory(prefix=".from-gguf-", dir=beside) as folder:
         try:
             model.save_pretrained(folder)

@@ -26,6 +26,7 @@ from ..errors import CheckpointError, FluteError, IntegrationError, SpecError
 from ..quantize import SCALE_METHODS
 from ..spec import CUSTOM_TABLE, QuantSpec
 from ..tables import resolve_table
+from .versions import check_transformers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -152,6 +153,7 @@ class FluteHfQuantizer(HfQuantizer):
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse what cannot work before anything is built."""
+        check_transformers()
         device_map = kwargs.get("device_map")
         if not self.pre_quantized and isinstance(device_map, dict) and "disk" in device_map.values():
             raise IntegrationError(
@@ -194,6 +196,7 @@ class FluteHfQuantizer(HfQuantizer):
         loading.swap_linears(model, placed, pre_quantized=self.pre_quantized)
         mixtures.swap(model, experts, pre_quantized=self.pre_quantized)
         if self.pre_quantized:
+            mixtures.plan_scales(model, experts)
             self._unchecked = (model, kwargs.get("checkpoint_files") or ())
         else:
             self._waiting = frozenset([*experts, *(f"{name}.weight" for name in placed)])

@@ -26,14 +26,15 @@ from transformers.core_model_loading import ConversionOps, WeightConverter, Weig
 
 from ..checkpoint.files import refuse
 from ..checkpoint.shards import TensorInfo, joined, read_header
-from ..errors import CheckpointError, FluteError, IntegrationError
+from ..errors import CheckpointError, FluteError
 from ..experts import LutExperts
 from ..linear import LutLinear
 from ..packing import pack_codes
-from ..parallel import is_cut, local, placed_like
+from ..parallel import check_columns, is_cut, local, placed_like
 from ..quantize import quantize
 from ..spec import CUSTOM_TABLE, QuantSpec
 from ..tables import named_table, resolve_table
+from ..zero_points import lut_linear
 from . import mixtures
 
 _FLOATS = ("F16", "BF16", "F32")
@@ -47,7 +48,7 @@ def swap_linears(model: nn.Module, specs: Mapping[str, QuantSpec], *, pre_quanti
     for name, spec in specs.items():
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        layer = LutLinear(
+        layer = lut_linear(
             linear.in_features, linear.out_features, spec,
             bias=linear.bias is not None, device="meta", dtype=linear.weight.dtype,
         )  # fmt: skip
@@ -187,7 +188,8 @@ class Quantize(ConversionOps):
         if dense.shape != shape:
             raise CheckpointError(f"layer {name!r}: weight is {tuple(dense.shape)}; the model needs {tuple(shape)}")
         table = self.table if layer.spec.table == CUSTOM_TABLE else None
-        _check_shard(name, layer, dense.shape[1], waiting)
+        if is_cut(waiting) and dense.shape[1] != layer.in_features:
+            check_columns(name, layer.spec, layer.in_features, dense.shape[1])
         made = quantize(dense, layer.spec, table=table, scale=self.scale, scale_dtype=dense.dtype, name=name)
         layer.weight = _fixed(placed_like(waiting, pack_codes(made.codes, layer.spec.code_bits)))
         layer.scales = _fixed(placed_like(waiting, made.scales))
@@ -200,9 +202,10 @@ class Quantize(ConversionOps):
     def _fill_stack(self, name: str, layer: LutExperts, dense: torch.Tensor) -> None:
         role = mixtures.owner(name)[1]
         waiting = getattr(layer, f"{role}_proj")
-        mixtures.refuse_shards(name, waiting)
-        if dense.shape != waiting.shape:
-            raise CheckpointError(f"layer {name!r} is {tuple(dense.shape)}; the model needs {tuple(waiting.shape)}")
+        shape = local(waiting).shape
+        if dense.shape != shape:
+            raise CheckpointError(f"layer {name!r} is {tuple(dense.shape)}; the model needs {tuple(shape)}")
+        mixtures.check_shards(mixtures.owner(name)[0], layer)
         layer.fill(role, dense, table=self.table, scale=self.scale, name=name)
         _mark_loaded(getattr(layer, f"{role}_scales"))
 
@@ -214,23 +217,6 @@ def _mark_loaded(parameter: torch.Tensor) -> None:
 
 def _fixed(tensor: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
-
-
-def _check_shard(name: str, layer: LutLinear, columns: int, waiting: torch.Tensor) -> None:
-    """A rank's columns must hold whole groups, bytes and rotated blocks, else they are cut at different places."""
-    if not is_cut(waiting) or columns == layer.in_features:
-        return
-    group, bits, block = layer.spec.group(layer.in_features), layer.spec.bits, layer.spec.hadamard_size
-    if block and columns % block:
-        raise IntegrationError(
-            f"layer {name!r}: {columns} of {layer.in_features} columns per rank do not hold whole Hadamard blocks of "
-            f"{block}; use fewer ranks or a smaller hadamard_size"
-        )
-    if columns % group or columns * bits % 8:
-        raise IntegrationError(
-            f"layer {name!r}: {columns} of {layer.in_features} columns per rank do not hold whole groups of {group}; "
-            "use fewer ranks or a smaller group_size"
-        )
 
 
 # ---- after loading ---------------------------------------------------------------------------------------------------
@@ -253,8 +239,8 @@ def finish_layer(name: str, layer: LutLinear) -> None:
         return
     row_bytes = 0 if layer.in_kernel_order else local(layer.weight).shape[1]
     if is_cut(layer.weight) and row_bytes != layer.spec.row_bytes(layer.in_features):
-        _check_shard(name, layer, row_bytes * 8 // layer.spec.bits, layer.weight)
-    for part in ("scales", "table"):
+        check_columns(name, layer.spec, layer.in_features, row_bytes * 8 // layer.spec.bits)
+    for part in ("scales", "table", *(["zeros"] if layer.spec.zero_points else [])):
         if not bool(torch.isfinite(local(getattr(layer, part))).all()):
             raise CheckpointError(f"layer {name!r}: {part} hold NaN or Inf in {layer.scales.dtype}")
     layer.arrange()

@@ -21,7 +21,7 @@ from transformers.core_model_loading import MergeModulelist, SplitModulelist, We
 
 from ..errors import CheckpointError, IntegrationError
 from ..experts import ROLES, LutExperts
-from ..parallel import is_cut
+from ..parallel import check_columns, is_cut, local, placed_like
 from ..spec import CUSTOM_TABLE, QuantSpec
 from ..tables import named_table
 
@@ -179,6 +179,15 @@ def swap(model: nn.Module, specs: Mapping[str, QuantSpec], *, pre_quantized: boo
         model.set_submodule(name, made.train(dense.training))
 
 
+def plan_scales(model: Any, specs: Iterable[str]) -> None:
+    """Let transformers' plan for tensor parallelism cut scales as it cuts the projections named in ``specs``."""
+    plan: dict[str, str] = getattr(model, "tp_plan", None) or {}
+    for name in specs:
+        planned = re.sub(r"\.\d+(?=\.|$)", ".*", name)  # plans have a star for the number of a layer
+        if planned in plan:
+            plan[f"{planned.removesuffix('_proj')}_scales"] = plan[planned]
+
+
 def finish(name: str, experts: LutExperts, dtype: torch.dtype) -> None:
     """The last touches after loading, as `loading.finish_layer` does them for a linear layer.
 
@@ -186,38 +195,46 @@ def finish(name: str, experts: LutExperts, dtype: torch.dtype) -> None:
 
     Raises:
         CheckpointError: weights are missing, or scales or tables are not finite.
-        IntegrationError: the model is spread by tensor parallelism.
+        IntegrationError: the ranks cannot share it.
     """
+    check_shards(name, experts)
     for role, spec in experts.specs.items():
         weight, scales = getattr(experts, f"{role}_proj"), getattr(experts, f"{role}_scales")
         if scales is None:
             raise CheckpointError(f"layer {name!r}: the checkpoint has no tensor for {role}_proj")
-        refuse_shards(name, weight)
         weight.requires_grad_(False)
         scales.requires_grad_(False)
-        scales.data = scales.data.to(dtype)
+        if scales.dtype != dtype:
+            scales = nn.Parameter(placed_like(scales, local(scales).to(dtype)), requires_grad=False)
+            setattr(experts, f"{role}_scales", scales)
         table = getattr(experts, f"{role}_table")
         if not table.is_meta:
             values = table if spec.table == CUSTOM_TABLE else named_table(spec.table)
             setattr(experts, f"{role}_table", values.to(device=table.device, dtype=dtype))
         for part in ("scales", "table"):
-            held = getattr(experts, f"{role}_{part}")
+            held = local(getattr(experts, f"{role}_{part}"))
             if not held.is_meta and not bool(torch.isfinite(held).all()):
                 raise CheckpointError(f"layer {name!r}: {role}_{part} hold NaN or Inf in {dtype}")
     experts.arrange()
 
 
-def refuse_shards(name: str, weight: torch.Tensor) -> None:
-    """Experts are not cut for tensor parallelism.
+def check_shards(name: str, experts: LutExperts) -> None:
+    """Ranks share rows of gate and up and columns of down: those of down must be whole groups, in whole bytes.
 
     Raises:
-        IntegrationError: this weight is.
+        IntegrationError: they are not, or ranks share experts instead.
     """
-    if is_cut(weight):
+    weight, inner = experts.gate_up_proj, experts.intermediate
+    if not is_cut(weight) or experts.in_kernel_order("gate_up"):
+        return
+    held, two, _ = local(weight).shape
+    if held != weight.shape[0]:
         raise IntegrationError(
-            f"layer {name!r}: quantized experts cannot be spread by tensor parallelism; load on one GPU, use a "
-            "device_map, or leave the experts dense (modules_to_not_convert)"
+            f"layer {name!r}: quantized experts cannot be spread by expert parallelism; use tensor parallelism alone, "
+            "or leave the experts dense (modules_to_not_convert)"
         )
+    if two != 2 * inner:
+        check_columns(f"{name}.down_proj", experts.specs["down"], inner, two // 2)
 
 
 def dense_experts(experts: LutExperts, dtype: torch.dtype | None = None) -> nn.Module:

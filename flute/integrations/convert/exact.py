@@ -8,7 +8,8 @@ owner's dtype and order of roundings, and, where the format is of that kind, the
 The table may have any length here; zero points are folded into it, since s * (q - z) is a level q - z times s. It can
 be stored if the levels that the layer really uses are at most 2^4: the owner's number of bits is kept if they fit,
 else one or two bits more are taken. Zero points that differ from group to group thus fit at 2 bits (7 levels, stored in
-3 bits) and at 3 bits (15 levels, stored in 4), and at 4 bits only if few are used.
+3 bits) and at 3 bits (15 levels, stored in 4), and at 4 bits only if few are used. Else zero points are stored beside
+the scales (`flute.zero_points`), if the format gives them (`Stored.apart`).
 
 `represent` then decodes what would be written and compares it with W, weight by weight. What is not equal is not
 written, so that no format is trusted to be what its reader thinks it is.
@@ -50,11 +51,13 @@ class Stored(NamedTuple):
 
     ``weight`` (N, K): the owner's dequantization in the owner's dtype, of rotated weights before they are rotated back.
     ``levels``: the same as levels times scales; None where the format has no such form, and then ``why`` says it.
+    ``apart``: the same with zero points of their own, to be taken where the levels are too many.
     """
 
     weight: torch.Tensor
     levels: Levels | None
     why: str = ""
+    apart: Exact | None = None
 
 
 class Format(NamedTuple):
@@ -70,12 +73,16 @@ class Format(NamedTuple):
 
 
 class Exact(NamedTuple):
-    """One layer as we have it: codes uint8 (N, K / v), scales (N, G), and a float32 table if it is a custom one."""
+    """One layer as we have it: codes uint8 (N, K / v), scales (N, G), a float32 table if it is a custom one, and zeros.
+
+    ``zeros`` (N, G) in the dtype of the scales, if the spec has zero points.
+    """
 
     spec: QuantSpec
     codes: torch.Tensor
     scales: torch.Tensor
     table: torch.Tensor | None
+    zeros: torch.Tensor | None = None
 
     def decoded(self, dtype: torch.dtype, factors: torch.dtype = torch.float32) -> torch.Tensor:
         """(N, K) in ``dtype``, scales and table first rounded to ``factors``; rotated weights stay rotated."""
@@ -83,9 +90,13 @@ class Exact(NamedTuple):
         values, scales = table.to(self.codes.device, factors).float(), self.scales.to(factors)
         width = self.codes.shape[1] * self.spec.vector_size
         out = torch.empty(len(self.codes), width, dtype=dtype, device=self.codes.device)
-        for part, into, by in zip(_slices(self.codes), _slices(out), _slices(scales, width), strict=True):
-            found = values.index_select(0, part.flatten().int()).view(len(part), width)
-            into.copy_(found.mul_(spread(by, self.spec.group(width), width)))
+        group, step = self.spec.group(width), _rows_at_once(width)
+        for start in range(0, len(out), step):
+            rows = slice(start, start + step)
+            found = values.index_select(0, self.codes[rows].flatten().int()).view(-1, width)
+            if self.zeros is not None:
+                found = found.sub_(spread(self.zeros[rows].to(factors), group, width)).to(dtype).float()
+            out[rows] = found.mul_(spread(scales[rows], group, width))
         return out
 
     def rounded(self, weight: torch.Tensor, dtype: torch.dtype) -> int:
@@ -105,21 +116,40 @@ def represent(stored: Stored) -> Exact | str:
 def fit(stored: Stored) -> Exact | str:
     """What `represent` gives for a layer that it has been asked about before: not compared again."""
     levels = stored.levels
-    if levels is None:
+    held = levels or stored.apart
+    if held is None:
         return stored.why
-    if not bool(torch.isfinite(levels.scales).all()):
+    if not bool(torch.isfinite(held.scales).all()):
         return "its scales hold NaN or Inf"
+    if levels is None:
+        return stored.apart or stored.why
+    group = -1 if levels.scales.shape[1] == 1 else levels.group_size
     if levels.table.dim() == 1:
         fitting = _fitting(levels)
         if isinstance(fitting, str):
-            return fitting
+            return stored.apart or fitting
         bits, name, table, codes = fitting
     else:
         bits, name, table, codes = levels.bits, CUSTOM_TABLE, levels.table, levels.codes
-    group = -1 if levels.scales.shape[1] == 1 else levels.group_size
     vector = stored.weight.shape[1] // codes.shape[1]
     spec = QuantSpec(bits, group, name, vector, levels.hadamard_size)
     return Exact(spec, codes, levels.scales.contiguous(), table.float() if name == CUSTOM_TABLE else None)
+
+
+def with_zeros(q: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, group_size: int, bits: int) -> Exact:
+    """How to store ``(q - zeros) * scales`` with the zero points apart: q (N, K) below 2^bits, the others (N, G).
+
+    q and zeros are moved by the middle of their range (`int4` is -8 .. 7), where that is exact: the smaller a zero
+    point, the smaller is what it adds to a product, and the error of that.
+    """
+    middle, group = 1 << (bits - 1), -1 if scales.shape[1] == 1 else group_size
+    moved = (zeros - middle).to(scales.dtype)
+    if bool((moved.float() == zeros.float() - middle).all()):
+        name, table = f"int{bits}", None
+    else:
+        name, table, moved = CUSTOM_TABLE, torch.arange(1 << bits, dtype=torch.float32), zeros.to(scales.dtype)
+    spec = QuantSpec(bits, group, name, zero_points=True)
+    return Exact(spec, q.to(torch.uint8), scales.contiguous(), table, moved.contiguous())
 
 
 def _fitting(levels: Levels) -> tuple[int, str, torch.Tensor, torch.Tensor] | str:
@@ -143,9 +173,13 @@ def _used(levels: Levels) -> torch.Tensor:
     return torch.stack(counts).sum(0) > 0
 
 
-def _slices(matrix: torch.Tensor, width: int = 0) -> tuple[torch.Tensor, ...]:
-    """Its rows in parts of ``_AT_ONCE`` elements, counted as if a row had ``width``."""
-    return matrix.split(max(1, _AT_ONCE // (width or matrix.shape[1])))
+def _rows_at_once(width: int) -> int:
+    return max(1, _AT_ONCE // width)
+
+
+def _slices(matrix: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Its rows in parts of ``_AT_ONCE`` elements."""
+    return matrix.split(_rows_at_once(matrix.shape[1]))
 
 
 def _table(values: torch.Tensor, bits: int) -> tuple[str, torch.Tensor]:

@@ -1,5 +1,6 @@
 """A foreign checkpoint to one of ours: every layer is examined before a byte is written, then shard by shard.
 
+Of a mixture's experts a layer here is one matrix of one expert, as it is on disk; the loader stacks them.
 Each layer is read twice: once to know its spec, and that its weights are its owner's, and once to write it. That costs
 time and saves memory: one layer is held at a time, and a refusal names all layers at once.
 """
@@ -8,14 +9,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from ...checkpoint.architecture import Architecture, tensor_names
+from ...checkpoint.architecture import Architecture, TensorNames, tensor_names
 from ...checkpoint.atomic import Workplace, check_space
 from ...checkpoint.files import CONFIG, read_json, refuse
 from ...checkpoint.plan import Plan, made_config, small_files
@@ -25,7 +26,7 @@ from ...config import ModelSpec
 from ...errors import CheckpointError
 from ...packing import pack_codes
 from ...spec import CUSTOM_TABLE, QuantSpec
-from .. import folders, modules
+from .. import folders, mixtures, modules
 from .exact import Exact, fit, represent
 from .source import OWNERS_FILES, Source
 
@@ -39,7 +40,9 @@ class Converted:
     """One layer: its name on disk and in the model, (N, K), and the dtype of its owner's weight.
 
     ``spec``: None if it stays dense, and ``why`` says why. ``rounded``: weights that differ from the owner's once
-    scales and table are rounded to the model's dtype at load. ``scales``: their dtype on disk.
+    scales and table are rounded to the model's dtype at load. ``scales``: their dtype on disk. ``table``: its values,
+    if it has its own. ``expert``: ``name`` is that of a stack of experts' matrices, and this is one of them;
+    ``first``: the one with which the table of all is written.
     """
 
     disk: str
@@ -50,6 +53,15 @@ class Converted:
     why: str = ""
     rounded: int = 0
     scales: torch.dtype | None = None
+    table: tuple[Any, ...] = ()
+    expert: bool = False
+    first: bool = True
+
+    @property
+    def names(self) -> TensorNames:
+        """Its tensors on disk."""
+        own = tensor_names(self.disk, self.shape)
+        return own._replace(table=tensor_names(self.name, (0, *self.shape)).table) if self.expert else own
 
     @property
     def weights(self) -> int:
@@ -105,10 +117,10 @@ def convert(
         Refused: layers cannot be represented exactly. CheckpointError: something is missing or damaged.
     """
     out = Path(out).expanduser().absolute()
-    model = folders.architecture(source.folder, ModelSpec(lm_head=True))
+    model = folders.architecture(source.folder, ModelSpec(lm_head=True, experts=True))
     config = read_json(source.folder / CONFIG)
     _check_names(source, model)
-    layers = tuple(_examine(source, model, config, progress))
+    layers = agreed(_examine(source, model, config, progress), model.linears)
     refused = [layer for layer in layers if layer.spec is None and layer.why != _NOT_OURS]
     if refused and not dense_fallback:
         raise Refused(source.origin, layers, refused)
@@ -152,10 +164,12 @@ def _examine(source: Source, model: Architecture, config: dict[str, Any], progre
         stored = source.read(disk)
         target, part = model.rename(f"{disk}.weight")
         name, shape, dtype = target.removesuffix(".weight"), tuple(stored.weight.shape), stored.weight.dtype
-        layer = Converted(disk, name, shape, dtype, why=_NOT_OURS)
-        if part:
-            layer = replace(layer, why="matrices of stacked experts are not converted")
-        elif model.tensors.get(target) != shape:
+        expert = part and len(model.linears.get(name, ())) == 3
+        layer = Converted(disk, name, shape, dtype, why=_NOT_OURS, expert=expert)
+        if part and not expert:
+            why = model.left.get(mixtures.owner(name)[0], "it is a part of another tensor in transformers")
+            layer = replace(layer, why=why)
+        elif not part and model.tensors.get(target) != shape:
             raise CheckpointError(
                 f"{source.origin}: layer {disk!r} has {shape} weights; the model of config.json needs "
                 f"{model.tensors.get(target)}"
@@ -166,10 +180,48 @@ def _examine(source: Source, model: Architecture, config: dict[str, Any], progre
                 layer = replace(layer, why=made)
             else:
                 rounded = made.rounded(stored.weight, _load_dtype(config, dtype))
-                layer = replace(layer, why="", spec=made.spec, rounded=rounded, scales=made.scales.dtype)
+                table = () if made.table is None else tuple(made.table.flatten().tolist())
+                layer = replace(layer, why="", spec=made.spec, rounded=rounded, scales=made.scales.dtype, table=table)
         found.append(layer)
         progress(disk, layer.weights)
     return found
+
+
+def agreed(layers: Sequence[Converted], linears: Mapping[str, tuple[int, ...]]) -> tuple[Converted, ...]:
+    """The same, but experts stay dense where the matrices of a stack do not all have one spec and one table.
+
+    Args:
+        layers: what was examined. linears: (E, N, K) of every stack, by its name.
+
+    Raises:
+        CheckpointError: matrices of experts are missing, or have another shape.
+    """
+    stacks: dict[str, list[Converted]] = {}
+    for layer in layers:
+        if layer.expert:
+            stacks.setdefault(layer.name, []).append(layer)
+    odd = {}
+    for name, parts in stacks.items():
+        shape, whole = linears[name], sum(part.weights for part in parts) == math.prod(linears[name])
+        if not whole or {part.shape[1] for part in parts} != {shape[-1]}:
+            raise CheckpointError(
+                f"experts {name!r} need {shape} weights, and the files have {len(parts)} matrices such as "
+                f"{parts[0].disk!r} {parts[0].shape}; download them again"
+            )
+        if any(part.spec is None for part in parts):
+            odd[mixtures.owner(name)[0]] = "another matrix of these experts stays dense"
+        elif len({(part.spec, part.table) for part in parts}) > 1:
+            odd[mixtures.owner(name)[0]] = "the matrices of these experts differ in bits, groups or levels"
+        elif any(part.spec is not None and part.spec.zero_points for part in parts):
+            odd[mixtures.owner(name)[0]] = "these experts have another zero point in each group"
+    first = {parts[0].disk for parts in stacks.values()}
+
+    def settled(layer: Converted) -> Converted:
+        layer = replace(layer, first=not layer.expert or layer.disk in first)
+        why = odd.get(mixtures.owner(layer.name)[0], "") if layer.expert else ""
+        return replace(layer, spec=None, why=layer.why or why, rounded=0) if why else layer
+
+    return tuple(settled(layer) for layer in layers)
 
 
 def _load_dtype(config: dict[str, Any], owners: torch.dtype) -> torch.dtype:
@@ -182,22 +234,27 @@ def _plan(source: Source, model: Architecture, config: dict[str, Any], layers: t
     """Every output tensor with its file, and config.json."""
     tensors = {name: source.headers[name] for name in source.others if model.rename(name)[0] in model.tensors}
     for layer in layers:
-        file, names = source.layers[layer.disk], tensor_names(layer.disk, layer.shape)
+        file, names = source.layers[layer.disk], layer.names
         if layer.spec is None or layer.scales is None:
             tensors[names.codes] = info(layer.dtype, layer.shape, file)
             continue
         rows, width = layer.shape
         tensors[names.codes] = info(torch.uint8, (rows, layer.spec.row_bytes(width)), file)
         tensors[names.scales] = info(layer.scales, (rows, layer.spec.num_groups(width)), file)
-        if layer.spec.table == CUSTOM_TABLE:
+        if layer.spec.zero_points:
+            tensors[names.zeros] = tensors[names.scales]
+        if layer.spec.table == CUSTOM_TABLE and layer.first:
             tensors[names.table] = info(torch.float32, layer.spec.table_shape, file)
     specs = {layer.name: layer.spec for layer in layers if layer.spec is not None}
     if not specs:
         raise CheckpointError(f"{source.origin}: no layer can be represented; load it with its owner's library")
     default = Counter(specs.values()).most_common(1)[0][0]
     head = modules.output_head(folders.skeleton(source.folder))
-    dense = [name for name in model.linears if name not in specs]
-    record = ModelSpec(default, lm_head=head in specs).resolved(specs, [*model.dense_linears, *dense])
+    left = [name for name in model.linears if name not in specs]
+    dense = [mixtures.owner(name)[0] if len(model.linears[name]) == 3 else name for name in left]
+    experts = any(layer.expert and layer.spec is not None for layer in layers)
+    record = ModelSpec(default, lm_head=head in specs)
+    record = record.resolved(specs, dict.fromkeys([*model.dense_linears, *dense]), experts=experts)
     dtype = Counter(_load_dtype(config, layer.dtype) for layer in layers).most_common(1)[0][0]
     made = made_config(config, record, dtype, untied=head in specs)
     small = tuple(name for name in small_files(source.folder) if name not in OWNERS_FILES)
@@ -216,12 +273,14 @@ def _write(source: Source, plan: Plan, path: Path, layers: dict[str, Converted],
             target.write(name, source.tensor(name))
         for layer in mine:
             stored = source.read(layer.disk)
-            names = tensor_names(layer.disk, layer.shape)
+            names = layer.names
             made = fit(stored) if layer.spec is not None else None
             if isinstance(made, Exact):
                 target.write(names.codes, pack_codes(made.codes, made.spec.code_bits))
                 target.write(names.scales, made.scales)
-                if made.table is not None:
+                if made.zeros is not None:
+                    target.write(names.zeros, made.zeros)
+                if made.table is not None and layer.first:
                     target.write(names.table, made.table)
             else:
                 target.write(names.codes, stored.weight)

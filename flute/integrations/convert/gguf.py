@@ -14,6 +14,7 @@ where the weights end; `represent` compares both.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from .exact import Levels, Stored
 
 _BLOCK = 32
 _INTEGERS = tuple(range(-8, 8))
+_STACK = re.compile(r"\.ffn_(gate|up|down)_exps\.weight$")  # experts' matrices, one tensor for all
 _PLAIN = ("F16", "F32", "BF16", "F64")
 _REASONS = {"Q4_1": "its blocks have a minimum beside the scale", "Q8_0": "it has 8 bits, a table at most 4"}
 
@@ -60,16 +62,25 @@ def layers(file: Path, folder: Path) -> dict[str, Blocks]:
         processor = theirs.TENSOR_PROCESSORS.get(kind, theirs.TensorProcessor)(config=settings)
         model = skeleton(folder)
         names = theirs.get_gguf_hf_weights_map(model, processor)
+        # parameters that are stacks have no ".weight" in transformers
+        names |= {f"{theirs_}.weight": name for theirs_, name in names.items() if not theirs_.endswith(".weight")}
         there = {names.get(tensor.name) for tensor in reader.tensors} | set(getattr(model, "all_tied_weights_keys", ()))
         missing = [name for name in names.values() if name not in there]
         found = {}
         for tensor in reader.tensors:
-            name = names.get(tensor.name, "")
-            if tensor.tensor_type.name in _PLAIN or not name.endswith(".weight") or len(tensor.shape) != 2:
+            name, type_ = names.get(tensor.name, ""), tensor.tensor_type.name
+            if type_ in _PLAIN:
+                continue
+            stack = _STACK.search(tensor.name)
+            if stack and len(tensor.shape) == 3:
+                for expert, packed in enumerate(tensor.data):
+                    layer = f"{name.rpartition('.')[0]}.{expert}.{stack[1]}_proj"
+                    found[layer] = Blocks(type_, packed, numpy.arange(len(packed)))
+            if not name.endswith(".weight") or len(tensor.shape) != 2:
                 continue
             numbers = numpy.arange(len(tensor.data), dtype=numpy.int64)[:, None]
             rows = processor.process(weights=numbers, name=tensor.name).weights.flatten()
-            found[name.removesuffix(".weight")] = Blocks(tensor.tensor_type.name, tensor.data, rows)
+            found[name.removesuffix(".weight")] = Blocks(type_, tensor.data, rows)
     except (ValueError, KeyError, IndexError, TypeError, NotImplementedError, OSError) as error:
         line = " ".join(str(error).split())[:200]
         raise IntegrationError(f"{file} cannot be read: {type(error).__name__} {line}") from error

@@ -5,9 +5,8 @@ equal parts that lie over one another in a byte, or in an int32, the first part 
 ``NAME.zero`` have one value a group; what else there is (``nbits``, ``group_size``, ``axis``, ``shape``, ...) are
 settings saved as tensors, text as the numbers of its characters.
 
-Zero points are optimized and become fractions, as a rule another in each group: then there are as many levels as groups
-and no table has them. Only with rounded zero points (or few) a layer is one of ours. Groups along the first axis
-(``axis`` 0) run across rows and have no scales by row at all.
+Zero points are optimized and become fractions, as a rule another in each group: they are stored beside the scales.
+Groups along the first axis (``axis`` 0) run across rows and have no scales by row at all.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 from ...errors import CheckpointError
-from .exact import Format, Levels, Stored
+from .exact import Format, Levels, Stored, with_zeros
 from .uniform import by_row
 
 _CORE = (".W_q", ".scale", ".zero", ".nbits", ".group_size", ".axis", ".shape", ".packing", ".compute_dtype")
@@ -63,10 +62,13 @@ def stored(parts: Mapping[str, torch.Tensor]) -> Stored:
     by_rows = by_row(scale.flatten(), rows, width, group)
     if isinstance(by_rows, str):
         return Stored(weight, None, by_rows)
+    zero_by_rows = by_row(zero.flatten(), rows, width, group)
+    assert not isinstance(zero_by_rows, str), "as many as there are scales"
+    apart = with_zeros(q.reshape(rows, width), zero_by_rows[0], *by_rows, bits)
     zeros, zero_of = zero.flatten().unique(return_inverse=True)
     if len(zeros) > _MOST_ZEROS:
-        return Stored(weight, None, f"its groups have {len(zeros):,} zero points, which are fractions")
+        return Stored(weight, None, apart=apart)
     levels = (torch.arange(1 << bits).to(dtype) - zeros.unsqueeze(1)).float()
     table, index = levels.unique(return_inverse=True)
     codes = index.to(torch.int16)[zero_of.unsqueeze(1), q.int()].reshape(rows, width)
-    return Stored(weight, Levels(codes, table, *by_rows, bits))
+    return Stored(weight, Levels(codes, table, *by_rows, bits), apart=apart)

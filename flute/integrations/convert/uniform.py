@@ -13,7 +13,7 @@ import torch
 
 from ...errors import CheckpointError
 from ...packing import unpack_codes
-from .exact import Levels, Stored
+from .exact import Levels, Stored, with_zeros
 
 _SMALLEST_GROUP = 32  # smaller ones cost more than they save, and the kernels want multiples of it
 
@@ -74,7 +74,9 @@ def uniform(
         return Stored(weight, None, "act-order (desc_act) scatters its groups over the inputs")
     low, high = -int(zeros.max()), (1 << bits) - 1 - int(zeros.min())
     table = torch.arange(low, high + 1, dtype=torch.float32)
-    return Stored(weight, Levels(levels - low, table, scales[:, runs].contiguous(), group_size, bits))
+    scales, zeros = scales[:, runs].contiguous(), zeros[:, runs]
+    apart = with_zeros(q, zeros, scales, group_size, bits) if bits <= 4 else None
+    return Stored(weight, Levels(levels - low, table, scales, group_size, bits), apart=apart)
 
 
 def by_row(flat: torch.Tensor, rows: int, width: int, block: int) -> tuple[torch.Tensor, int] | str:

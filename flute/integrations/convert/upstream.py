@@ -45,11 +45,16 @@ def zoo_format(config: Mapping[str, Any], tile: int | None) -> Format:
         tile: T; None: 32 if the file says for which GPU it was packed (``num_sms``), as all of the zoo does.
 
     Raises:
-        CheckpointError: a number that upstream did not have, or no tile is known.
+        CheckpointError: a number that upstream did not have, no tile is known, or another one than the zoo's.
     """
     bits, group = whole_number(dict(config), "num_bits"), whole_number(dict(config), "group_size")
     if tile is None and "num_sms" not in config:
         raise CheckpointError("flute_config.json has no num_sms, so its tile is unknown; give --tile 32 or --tile 64")
+    if tile not in (None, ZOO_TILE) and "num_sms" in config:
+        raise CheckpointError(
+            f"flute_config.json has num_sms, so it was packed with tile {ZOO_TILE}, not {tile}, which would permute "
+            "its outputs; leave --tile out"
+        )
     tile = tile or ZOO_TILE
     check_tile(bits, tile)
     return Format(f"FLUTE {bits} bit, tile {tile}", _PARTS, lambda name, found: stored(found, bits, group, tile))

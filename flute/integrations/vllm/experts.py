@@ -65,6 +65,7 @@ class LutExpertsMethod(FusedMoEMethodBase):
         obstacles = {
             "expert parallelism": layer.moe_config.moe_parallel_config.use_ep,
             "tables of their own": any(spec.table == CUSTOM_TABLE for spec in specs),
+            "zero points": any(spec.zero_points for spec in specs),
             "biases": self.moe.has_bias,
             f"the activation {activation}": activation != "silu" or layer.swiglu_limit is not None,
             "routing weights on the input": layer.apply_router_weight_on_input,

@@ -21,6 +21,7 @@ from ...kernels.hadamard import hadamard
 from ...linear import LutLinear
 from ...spec import CUSTOM_TABLE, QuantSpec
 from ...tables import named_table
+from ...zero_points import ZeroPointLinear, lut_linear
 from .parameters import Part, PartsParameter, TablesParameter, check_came
 from .slicing import runs, share
 
@@ -67,7 +68,20 @@ class LutLinearMethod(LinearMethodBase):
         layer.scales = PartsParameter(scales, params_dtype, weight_loader=weight_loader, name=self.name)
         shapes = [spec.table_shape if spec.table == CUSTOM_TABLE else None for spec in specs]
         layer.table = TablesParameter(shapes, params_dtype, name=self.name) if any(shapes) else None
+        some = any(spec.zero_points for spec in specs)
+        layer.zeros = self._zeros(scales, specs, params_dtype, weight_loader) if some else None
         layer.shares = shares
+
+    def _zeros(
+        self, parts: Sequence[Part], specs: Sequence[QuantSpec], dtype: torch.dtype, loader: Callable[..., None]
+    ) -> PartsParameter:
+        """Zero points, cut like scales; of parts without, zeros that wait for nothing."""
+        made = PartsParameter(parts, dtype, weight_loader=loader, name=self.name)
+        made.waiting = sum(spec.zero_points for spec in specs)
+        for place, spec in enumerate(specs):
+            if not spec.zero_points:
+                made.part(place).zero_()
+        return made
 
     def _spread(self, parts: int) -> list[QuantSpec]:
         """A spec for each part."""
@@ -86,17 +100,22 @@ class LutLinearMethod(LinearMethodBase):
         Raises:
             CheckpointError: something did not come, or is not finite.
         """
-        weight, scales, tables, shares = layer.weight, layer.scales, layer.table, layer.shares
-        named = {"weight": weight, "scales": scales, "table": tables}
+        weight, scales, tables, zeros, shares = layer.weight, layer.scales, layer.table, layer.zeros, layer.shares
+        named = {"weight": weight, "scales": scales, "table": tables, "zeros": zeros}
         check_came(self.name, {key: held for key, held in named.items() if held is not None})
         own = [None if tables is None else tables.part(place) for place in range(len(shares))]
         keys = [(of.spec, None if table is None else table.tolist()) for of, table in zip(shares, own, strict=True)]
-        del layer.weight, layer.scales, layer.table, layer.shares
+        del layer.weight, layer.scales, layer.table, layer.zeros, layer.shares
         layer.runs = nn.ModuleList()
         for places in runs(keys):
             first = places[0]
             codes, scaled = (torch.cat([held.part(place) for place in places]) for held in (weight, scales))
-            layer.runs.append(_filled(shares[first].in_features, shares[first].spec, codes, scaled, own[first]))
+            made = lut_linear(
+                shares[first].in_features, len(codes), shares[first].spec, device="meta", dtype=scales.dtype
+            )
+            if isinstance(made, ZeroPointLinear):
+                made.zeros = _fixed(torch.cat([zeros.part(place) for place in places]))
+            layer.runs.append(_filled(made, codes, scaled, own[first]))
         layer.weight = layer.runs[0].weight  # LoRA and MLA ask every module for one
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -123,15 +142,17 @@ class LutLinearMethod(LinearMethodBase):
 def _product(run: LutLinear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     spec = run.spec
     x = hadamard(x, spec.hadamard_size) if spec.hadamard_size else x
-    return ops.apply(x, run.weight, run.scales, run.table, bias, run.out_features, spec.bits, spec.group_size)
+    y = ops.apply(x, run.weight, run.scales, run.table, bias, run.out_features, spec.bits, spec.group_size)
+    return run.shifted(y, x) if isinstance(run, ZeroPointLinear) else y
 
 
-def _filled(
-    in_features: int, spec: QuantSpec, codes: torch.Tensor, scales: torch.Tensor, table: torch.Tensor | None
-) -> LutLinear:
-    """A layer with these codes (N, row_bytes), scales (N, G) and table, arranged for their device."""
-    made = LutLinear(in_features, codes.shape[0], spec, device="meta", dtype=scales.dtype)
-    made.weight, made.scales = (nn.Parameter(held, requires_grad=False) for held in (codes, scales))
-    values = named_table(spec.table) if table is None else table.clone()
+def _filled(made: LutLinear, codes: torch.Tensor, scales: torch.Tensor, table: torch.Tensor | None) -> LutLinear:
+    """The layer ``made`` with these codes (N, row_bytes), scales (N, G) and table, arranged for their device."""
+    made.weight, made.scales = _fixed(codes), _fixed(scales)
+    values = named_table(made.spec.table) if table is None else table.clone()
     made.table = values.to(device=codes.device, dtype=scales.dtype)
     return made.arrange()
+
+
+def _fixed(tensor: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
