@@ -19,7 +19,7 @@ the model. The scales that the optimizer moves are float32: half a unit in the l
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,7 +28,7 @@ from torch import nn
 
 from .errors import SpecError
 from .linear import LutLinear
-from .quantize import Quantized, nearest, quantize, spread, sum_by_code
+from .quantize import Quantized, nearest, quantize, spread, sum_by_code, values_of
 from .spec import CUSTOM_TABLE, QuantSpec
 from .tables import resolve_table
 
@@ -51,14 +51,9 @@ def choose_codes(weight: torch.Tensor, scales: torch.Tensor, table: torch.Tensor
     return torch.cat(parts)
 
 
-def values_of(codes: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """T[c] (N, K) float32 of codes (N, K / v)."""
-    values = table[codes.int()]
-    return values if table.dim() == 1 else values.flatten(1)
-
-
 def gradients(
     upstream: torch.Tensor,
+    values: torch.Tensor,
     codes: torch.Tensor,
     scales: torch.Tensor,
     table: torch.Tensor,
@@ -69,11 +64,12 @@ def gradients(
     """The straight-through gradients (N, G) and, if asked for, of the table's shape; formulas above.
 
     Args:
-        upstream: dL/dW^ (N, K) float32 or float64. codes: uint8 (N, K / v). scales, table: those of the forward pass.
+        upstream: dL/dW^ (N, K) float32 or float64. values: T[c] (N, K). codes: uint8 (N, K / v).
+        scales, table: those of the forward pass.
     """
     rows, width = upstream.shape
     short = -width % group
-    products = nn.functional.pad(upstream * values_of(codes, table), (0, short))
+    products = nn.functional.pad(upstream * values, (0, short))
     to_scales = products.view(rows, -1, group).sum(-1)
     if not of_table:
         return to_scales, None
@@ -107,12 +103,13 @@ class _Product(torch.autograd.Function):
         """Gradients of x, s and T."""
         x, scales, table, codes = ctx.saved_tensors
         to_x = to_scales = to_table = None
+        values = values_of(codes, table)
         if ctx.needs_input_grad[0]:
-            to_x = upstream @ (values_of(codes, table) * spread(scales, ctx.group, x.shape[-1])).to(x.dtype)
+            to_x = upstream @ (values * spread(scales, ctx.group, x.shape[-1])).to(x.dtype)
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
             to_weight = (upstream.flatten(0, -2).T @ x.flatten(0, -2)).float()
             to_scales, to_table = gradients(
-                to_weight, codes, scales, table, ctx.group, of_table=ctx.needs_input_grad[3]
+                to_weight, values, codes, scales, table, ctx.group, of_table=ctx.needs_input_grad[3]
             )
         return to_x, None, to_scales, to_table, None, None, None
 
@@ -246,3 +243,16 @@ def dense_weights(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.plain = False
+
+
+@contextmanager
+def held_codes(layers: Iterable[LearnedLinear]) -> Iterator[None]:
+    """Codes are chosen once for all forward passes of the context, in which scales and tables must not change."""
+    free = [layer for layer in layers if layer.fixed is None]
+    try:
+        for layer in free:
+            layer.fixed = layer.quantized().codes
+        yield
+    finally:
+        for layer in free:
+            layer.fixed = None

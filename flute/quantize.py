@@ -34,6 +34,7 @@ SCALE_METHODS = ("auto", "absmax", "rms", "mse")
 _MSE_FAN = tuple(1.0 - 0.02 * step for step in range(31))  # 1.00, 0.98 .. 0.40 of the covering scale,
 _WIDEST = 1.4  # or, for tables made for variance 1, of so many root mean squares
 _ROWS_AT_ONCE_ELEMENTS = 1 << 23  # bound on float32 scratch: a slice of rows of about 32 MB
+_MANY = 1 << 16  # values from which a comparison with every middle is quicker than a search, on a CPU
 
 
 class Quantized(NamedTuple):
@@ -81,13 +82,24 @@ def nearest(unit: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     if table.dim() == 1:
         ordered, order = torch.sort(table, stable=True)
         middles = (ordered[1:] + ordered[:-1]) / 2
-        return order[torch.bucketize(unit, middles)]
+        if unit.is_cuda or unit.numel() < _MANY:
+            return order[torch.bucketize(unit, middles)]
+        place = torch.zeros(unit.shape, dtype=torch.uint8, device=unit.device)
+        for middle in middles.tolist():
+            place += (unit > middle).view(torch.uint8)
+        return place.long() if torch.equal(ordered, table) else values_of(place, order)
     pairs = unit.reshape(-1, 2)
     # |p - t|^2 = |p|^2 - 2 p.t + |t|^2 and the first term does not choose; 256 entries at once need slices
     norms = (table * table).sum(-1)
     chunk = max(1, _ROWS_AT_ONCE_ELEMENTS // table.shape[0])
     best = [torch.addmm(norms, part, table.T, alpha=-2).min(-1).indices for part in pairs.split(chunk)]
     return torch.cat(best).view(*unit.shape[:-1], unit.shape[-1] // 2)
+
+
+def values_of(codes: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """T[c] for codes (..., n) of any integer dtype: (..., n), or (..., 2 n) for a table of pairs (E, 2)."""
+    values = table.index_select(0, codes.flatten().int())  # twice as fast as T[c] on a CPU
+    return values.view(*codes.shape[:-1], codes.shape[-1] * table[0].numel())
 
 
 def spread(scales: torch.Tensor, group: int, width: int) -> torch.Tensor:
@@ -113,10 +125,7 @@ def _nearest(grouped: torch.Tensor, scale: torch.Tensor, table: torch.Tensor) ->
 
 def _decode(codes: torch.Tensor, scale: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """(N, G, codes) and (N, G) -> (N, G, g) float32."""
-    values = table[codes]
-    if table.dim() == 2:
-        values = values.flatten(-2)
-    return values * scale.unsqueeze(-1)
+    return values_of(codes, table) * scale.unsqueeze(-1)
 
 
 def _searched_scale(
@@ -244,9 +253,7 @@ def dequantize(
     """
     dtype = dtype or scales.dtype
     values = resolve_table(spec, table).to(device=codes.device, dtype=dtype).to(torch.float32)
-    decoded = values[codes.long()]
-    if spec.vector_size == 2:
-        decoded = decoded.flatten(-2)
+    decoded = values_of(codes, values)
     width = decoded.shape[1]
     if zeros is not None:
         decoded = (decoded - spread(zeros, spec.group(width), width)).to(dtype).float()

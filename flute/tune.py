@@ -136,7 +136,7 @@ def tune_and_pack(
         OperatorError: a code does not fit, or N columns do not fill whole int16.
     """
     tokens, (width, rows) = inputs.numel() // inputs.shape[-1], weight.shape
-    packed = container.from_codes(weight.to(inputs.device, torch.uint8).T, num_bits)
+    packed = container.from_codes(weight.to(inputs.device).T, num_bits)
     if inputs.is_cuda:
         spec = QuantSpec(num_bits, group_size, CUSTOM_TABLE)
         tune([(rows, width)], [tokens], spec=spec, dtype=inputs.dtype, device=inputs.get_device())

@@ -46,7 +46,7 @@ def pack(
         raise OperatorError(
             f"template_ids={list(template_ids)}; codes are packed in order {container.CHECKPOINT_ORDER}"
         )
-    return container.from_codes(W.to(torch.uint8).T, num_bits)
+    return container.from_codes(W.T, num_bits)
 
 
 def unpack(

@@ -177,6 +177,7 @@ def test_the_command(
         (["--bits", "3.5", "--table", "t.json"], "one number of bits"),
         (["--epochs", "3"], "--epochs is not used by --method rtn"),
         (["--window", "16"], "--window is not used by --method rtn"),
+        (["--no-act-order"], "--act-order is not used by --method rtn, only by gptq and best"),
         (["--seed", "16"], "--seed is not used by --method rtn"),
         (["--method", "gptq", "--calibration", "TEXT", "--learn-table"], "--learn-table is not used by --method gptq"),
         (["--method", "best", "--calibration", "TEXT", "--lr", "1"], "--lr is not used by --method best"),

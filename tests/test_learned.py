@@ -10,11 +10,14 @@ import torch
 from torch import nn
 
 from flute.errors import CalibrationError, CheckpointError, IntegrationError, SpecError
+from flute.integrations import folders
 from flute.integrations.base import prepare_model_flute
 from flute.integrations.learnable import learn_scales
 from flute.learned import LearnedLinear, choose_codes, dense_weights, learned_layers
 from flute.linear import LutLinear
-from flute.methods import Learning, learn, quantize_model
+from flute.methods import Learning, learn, losses, quantize_model
+from flute.methods.calibration import token_windows
+from flute.methods.capture import find_stack
 from flute.quantize import quantize, spread
 from flute.spec import QuantSpec
 from flute.tables import named_table
@@ -126,6 +129,33 @@ def test_it_never_ends_worse_than_it_began(objective: str, learn_table: bool) ->
             assert torch.equal(kept.weight, module.weight) and torch.equal(kept.scales, module.scales)
 
 
+def test_what_is_kept_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden states, activations and codes kept, or all computed anew: the same bytes; and what is kept is used."""
+    results, runs = [], []
+    for kept in (losses._KEPT_BYTES, 0):
+        monkeypatch.setattr(losses, "_KEPT_BYTES", kept)
+        model, forwards = small(), []
+        model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_, calls=forwards: calls.append(1))
+        learning = Learning(2, learn_table=True)
+        specs = {f"model.layers.0.mlp.{name}": NF3 for name in ("gate_proj", "down_proj")}
+        learn.learn_model(model, specs, windows(), learning)
+        results.append([part for layer in learned_layers(model).values() for part in layer.learnable()])
+        runs.append(len(forwards))
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+    # 3 batches: 3 dense, 9 in evaluations, 6 in steps, 1 to see what a block keeps; else dense with each, steps twice
+    assert runs == [3 + 9 + 6 + 1, 1 + 2 * 15 + 6 + 1]
+
+
+def test_logits_of_hidden_states_that_do_not_lead_there_are_not_used() -> None:
+    """A model that adds a block's input to the last one's output: then the dense model is run each time."""
+    model, seen = tiny_models.build(), []
+    model.model.layers[0].register_forward_hook(lambda *_: seen.append(_[2]) and None)
+    model.model.norm.register_forward_pre_hook(lambda module, given: (given[0] + seen[-1],))
+    parts, expected = [windows(2), windows(3)], model(windows(3)).logits
+    dense = losses.DenseLogits(model, list(model.get_submodule(find_stack(model, ["model.layers.0"]))), parts)
+    assert not dense.keeps and torch.equal(dense(1), expected)
+
+
 @pytest.mark.parametrize("objective", ["kl", "block"])
 def test_one_seed_one_result_also_when_interrupted(objective: str, tmp_path: Path) -> None:
     learning = Learning(4, objective=objective, save_every=1)
@@ -220,6 +250,7 @@ def test_what_cannot_be_learned_is_refused_in_one_line() -> None:
         (small(), windows(), {"epochs": 0}, "above zero"),
         (small(), windows(), {"lr": float("nan")}, "above zero"),
         (small(), windows(), {"objective": "mse"}, "use nll, kl, block"),
+        (small(), windows(), {"learn_table": "row"}, "tables per row gain less than smaller groups"),
     ]:
         with pytest.raises(CalibrationError, match=message):
             quantize_model(model, NF3, given, method="nfl", learning=Learning(**options))  # type: ignore[arg-type]
@@ -256,6 +287,19 @@ def test_learn_scales_and_then_prepare(fake: bool) -> None:
     if not fake:
         assert all(torch.equal(model.get_submodule(name).scales, each.scales) for name, each in before.items())
         assert any(not torch.equal(plain.get_submodule(name).scales, each.scales) for name, each in before.items())
+
+
+def test_the_start_is_the_searched_scales_unless_asked_for_upstreams() -> None:
+    """With a step that moves nothing, what is left of learning is where it began."""
+    text, found = (folders.embedded() / "heldout.txt").read_text()[:20000], {}
+    for name, options in {"mse": {}, "absmax": {"scale": "absmax"}}.items():
+        model, tokenizer = folders.load(folders.find("tiny"), dtype=torch.float32)
+        weight = model.model.layers[0].mlp.up_proj.weight.detach().clone()
+        learn_scales(model, tokenizer, 2, 64, [text], samples=1, window=128, lr=1e-12, **options)
+        begun = quantize(weight, QuantSpec(2, 64, "nf2"), scale=name, scale_dtype=torch.float32).scales
+        torch.testing.assert_close(model.model.layers[0].mlp.up_proj.scales, begun, rtol=1e-4, atol=1e-8)
+        found[name] = learn.nll(model, token_windows(tokenizer, {"": text}, samples=1, length=128)).item()
+    assert found["mse"] < found["absmax"] - 1
 
 
 @pytest.mark.parametrize(

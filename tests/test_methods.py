@@ -238,6 +238,19 @@ def test_methods_in_the_order_of_their_effort(family: str) -> None:
     assert far["best"] < far["gptq"] < far["rtn"]
 
 
+def test_the_order_of_columns_is_a_choice() -> None:
+    """It changes the codes of a whole model, and either is nearer to the dense one than rounding to nearest."""
+    with torch.no_grad():
+        logits = tiny_models.build()(windows()).logits
+    models, far = [], []
+    for options in ({"method": "rtn"}, {"method": "gptq"}, {"method": "gptq", "act_order": False}):
+        models.append(tiny_models.build())
+        quantize_model(models[-1], QuantSpec(3, 32, "nf3"), windows(), **options)  # type: ignore[arg-type]
+        far.append(distance(models[-1], logits))
+    _, one, two = (model.model.layers[1].mlp.down_proj for model in models)
+    assert not torch.equal(one.weight, two.weight) and torch.equal(one.table, two.table) and max(far[1:]) < far[0]
+
+
 @pytest.mark.parametrize("method", ["awq+gptq", "best"])
 def test_the_same_seed_gives_the_same_bytes_and_a_checkpoint_that_loads(method: str, tmp_path: Path) -> None:
     spec = QuantSpec(2, 32, "custom", 2) if method == "best" else QuantSpec(4, 32, "nf4")

@@ -1,12 +1,14 @@
 """Quantization core: nearest codes, exact round trips, no NaN whatever the weights are."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flute.errors import QuantizeError, SpecError
-from flute.quantize import dequantize, quantize
+from flute.quantize import dequantize, nearest, quantize, values_of
 from flute.spec import NAMED_TABLES, QuantSpec
 from flute.tables import named_table
 
@@ -33,6 +35,19 @@ def test_codes_are_the_nearest(name: str, group: int) -> None:
     assert torch.allclose(chosen, brute_force(weight, scales, spec, named_table(name)), atol=1e-6)
     assert codes.dtype == torch.uint8
     assert scales.shape == (9, spec.num_groups(200))
+
+
+@pytest.mark.parametrize("name", [*NAMED_TABLES, "unsorted"])
+def test_many_values_at_once_get_the_codes_of_few(name: str) -> None:
+    """Middles, infinities and signed zeros among them: the two ways to search a table agree."""
+    table = named_table("nf3")[torch.randperm(8)] if name == "unsorted" else named_table(name)
+    ordered = table.sort().values
+    edges = torch.cat([ordered, (ordered[1:] + ordered[:-1]) / 2, torch.tensor([-0.0, math.inf, -math.inf])])
+    values = torch.cat([edges, torch.randn((1 << 16) + 5) * ordered.abs().max()])
+    few = torch.cat([nearest(part, table) for part in values.split(1 << 12)])
+    many = nearest(values, table)
+    assert torch.equal(many, few) and many.dtype == few.dtype == torch.int64
+    assert torch.equal(values_of(many, table), table[many]) and values_of(many[:0, None], table).shape == (0, 1)
 
 
 def test_vector_codes_are_the_nearest_pairs() -> None:

@@ -260,6 +260,12 @@ def test_upstreams_utils(device: str) -> None:
     assert torch.equal(same, packed) and record[:6] == (5, 48, 192, 3, 64, 0) and record.dtype == torch.float16
     with pytest.raises(OperatorError, match="template_ids"):
         utils.pack(codes, 3, [0, 1])
+    for wrong, message in [(259, "code 259 does not fit in 3 bits"), (-1, "code -1"), (8, "code 8"), (2.5, "integer")]:
+        other = codes.to(torch.float32 if isinstance(wrong, float) else codes.dtype).clone()
+        other[0, 0] = wrong
+        for packing in (lambda c: utils.pack(c, 3), lambda c: tune.tune_and_pack(torch.randn(5, 192).half(), c, 3, 64)):
+            with pytest.raises(OperatorError, match=message):
+                packing(other)
     with pytest.raises(OperatorError, match="qmap"):
         utils.make_qmap2_from_qmap(torch.zeros(4))
 

@@ -21,6 +21,7 @@ from .common import (
     quiet_libraries,
     read_text,
 )
+from .method_options import CalibrationOption, SamplesOption, WindowOption
 
 if TYPE_CHECKING:
     from ..methods.flat_folder import FlatJob
@@ -30,12 +31,10 @@ if TYPE_CHECKING:
 def flatquant(
     model: ModelArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make.", show_default=False)],
-    calibration: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="A UTF-8 text to calibrate with; may be repeated.")
-    ] = None,
+    calibration: CalibrationOption = None,
     preset: Annotated[str, typer.Option(help="w4a4kv4, w4a4kv4-down8, w4a8kv4, w8a8, w4a16 or w3a16.")] = "w4a4kv4",
-    samples: Annotated[int, typer.Option(min=1, help="Windows of calibration text.")] = 128,
-    window: Annotated[int, typer.Option(min=2, help="Tokens in such a window.")] = 2048,
+    samples: SamplesOption = 128,
+    window: WindowOption = 2048,
     batch: Annotated[int, typer.Option(min=1, help="Windows to a step.")] = 4,
     epochs: Annotated[int, typer.Option(min=0, help="Passes over the windows.")] = 15,
     lr: Annotated[float, typer.Option(help="First rate of transforms; clips learn ten times as fast.")] = 5e-3,

@@ -42,6 +42,11 @@ ScaleOption = Annotated[
 CalibrationOption = Annotated[
     list[Path] | None, typer.Option(metavar="FILE", help="A UTF-8 text to calibrate with; may be repeated.")
 ]
+SamplesOption = Annotated[int, typer.Option(min=1, help="Windows of calibration text.")]
+WindowOption = Annotated[int, typer.Option(min=2, help="Tokens in such a window.")]
+ActOrderOption = Annotated[
+    bool, typer.Option("--act-order/--no-act-order", help="For gptq, best: most important inputs first, or in order.")
+]
 ObjectiveOption = Annotated[
     str, typer.Option(help="For nfl: kl (to the dense model), nll (of the text), or block after block.")
 ]
@@ -81,6 +86,7 @@ def check_used(method: str, average: float | None, context: typer.Context) -> No
     from ..methods.recipes import RECIPES
 
     unused = {} if RECIPES[method].learns_scales else dict.fromkeys(_LEARNING, "--method nfl")
+    unused |= {} if RECIPES[method].feedback else {"act_order": "gptq and best, also as a part of others"}
     if not RECIPES[method].calibrated:
         unused |= dict.fromkeys(_CALIBRATING, "methods that are calibrated")
         unused |= {} if average else {"seed": "methods that are calibrated, or an average of bits"}

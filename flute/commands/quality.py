@@ -20,6 +20,7 @@ from .common import (
     quiet_libraries,
     read_text,
 )
+from .method_options import SamplesOption, WindowOption
 
 if TYPE_CHECKING:
     from ..bench.quality import QualityRow
@@ -32,8 +33,8 @@ def quality(
     calibration: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="For calibrated methods; never what is evaluated.")
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Windows of calibration text.")] = 64,
-    window: Annotated[int, typer.Option(min=2, help="Tokens in such a window.")] = 512,
+    samples: SamplesOption = 64,
+    window: WindowOption = 512,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a window of evaluation.")] = 2048,
     windows: Annotated[int | None, typer.Option(min=1, help="Only the first so many windows of each text.")] = None,
     only: Annotated[str, typer.Option(help="Names or globs of rows, with commas: make these, anew.")] = "",

@@ -31,14 +31,17 @@ from .common import (
     read_text,
 )
 from .method_options import (
+    ActOrderOption,
     BitsOption,
     CalibrationOption,
     HadamardOption,
     MethodOption,
     ObjectiveOption,
     PerLayerOption,
+    SamplesOption,
     ScaleOption,
     TableOption,
+    WindowOption,
     check_method,
     check_used,
     split_average,
@@ -66,9 +69,10 @@ def quantize(
     vector_size: Annotated[int | None, typer.Option(help="Weights per code, 1 or 2. higgs: 2, others: 1.")] = None,
     scale: ScaleOption = "auto",
     calibration: CalibrationOption = None,
-    samples: Annotated[int, typer.Option(min=1, help="Windows of calibration text.")] = 64,
-    window: Annotated[int, typer.Option(min=2, help="Tokens in such a window.")] = 512,
+    samples: SamplesOption = 64,
+    window: WindowOption = 512,
     seed: Annotated[int, typer.Option(help="Which windows are drawn.")] = 0,
+    act_order: ActOrderOption = True,
     epochs: Annotated[int, typer.Option(min=1, help="For nfl: passes over the windows.")] = 2,
     lr: Annotated[float, typer.Option(help="For nfl: first step, in units of a layer's mean scale.")] = 5e-3,
     objective: ObjectiveOption = "kl",
@@ -117,7 +121,7 @@ def quantize(
         figures["method"] = method
     else:
         learning = Learning(epochs, lr, objective=objective, learn_table=learn_table, seed=seed)
-        options |= {"method": method, **drawn}
+        options |= {"method": method, "act_order": act_order, **drawn}
         options |= {"learning": learning} if RECIPES[method].learns_scales else {}
         figures = _run(model, output, record, options, texts, share, quiet=quiet)
     if as_json:

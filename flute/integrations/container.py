@@ -132,15 +132,19 @@ def to_pairs(weight: torch.Tensor, num_bits: int, template_id: int) -> torch.Ten
 
 
 def from_codes(codes: torch.Tensor, num_bits: int) -> torch.Tensor:
-    """Codes uint8 (N, K), each below 2**bits -> container in the checkpoint's order.
+    """Codes (N, K) of any integer dtype, each in 0 .. 2**bits - 1 -> container in the checkpoint's order.
 
     Raises:
-        OperatorError: N rows do not fill whole int16 or K columns whole bytes, or a code does not fit.
+        OperatorError: N rows do not fill whole int16 or K columns whole bytes, a code does not fit, or is no integer.
     """
-    if codes.dim() != 2 or codes.shape[1] % 2:
-        raise OperatorError(f"codes are {tuple(codes.shape)}; a matrix (N, K) with an even K is needed")
-    if codes.numel() and int(codes.max()) >> num_bits:
-        raise OperatorError(f"code {int(codes.max())} does not fit in {num_bits} bits")
+    if codes.dim() != 2 or codes.shape[1] % 2 or codes.is_floating_point():
+        raise OperatorError(
+            f"codes are {tuple(codes.shape)} {codes.dtype}; an integer matrix (N, K) with an even K is needed"
+        )
+    low, high = (int(codes.min()), int(codes.max())) if codes.numel() else (0, 0)
+    if low < 0 or high >> num_bits:
+        raise OperatorError(f"code {low if low < 0 else high} does not fit in {num_bits} bits")
+    codes = codes.to(torch.uint8)
     return from_pairs(codes[:, 0::2] << num_bits | codes[:, 1::2], num_bits)
 
 

@@ -17,7 +17,7 @@ from ..errors import CalibrationError
 from .base import nf_spec
 from .modules import choose
 
-_UPSTREAM = {"objective": "nll", "scale": "absmax"}
+_DEFAULTS = {"objective": "nll", "scale": "mse"}
 
 
 def learn_scales(
@@ -49,7 +49,8 @@ def learn_scales(
         logging: a progress bar with the loss, and what came of it, on stderr.
         window: tokens in a window, at most; the model's context if that is shorter.
         seed: of the windows and of their order.
-        learning: other fields of `flute.methods.Learning`, e.g. ``objective="kl"`` or ``learn_table=True``.
+        learning: other fields of `flute.methods.Learning`, e.g. ``objective="kl"`` or ``learn_table=True``. Scales
+            begin at the searched ones; with ``scale="absmax"`` where upstream's did, too far off at 2 bits.
 
     Returns:
         The model, whose layers are now `flute.learned.LearnedLinear`.
@@ -61,7 +62,7 @@ def learn_scales(
     from ..methods.learn import Learning, learn_model
 
     spec = nf_spec(num_bits, group_size)
-    chosen = Learning(**{"epochs": epochs, "lr": lr, "relative": False, "seed": seed, **_UPSTREAM, **learning})
+    chosen = Learning(**{"epochs": epochs, "lr": lr, "relative": False, "seed": seed, **_DEFAULTS, **learning})
     if isinstance(custom_corpora, str) or not custom_corpora:
         raise CalibrationError(
             f"custom_corpora={custom_corpora!r:.40} is no list of texts; read a text of the model's language, or of "

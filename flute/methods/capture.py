@@ -97,7 +97,8 @@ def record(model: Any, prefix: str, windows: torch.Tensor, tokens: int = _TOKENS
     return Stack(prefix, blocks, [_floats(call) for call in first], hidden)
 
 
-def _hidden_of(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> torch.Tensor:
+def hidden_of(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> torch.Tensor:
+    """The hidden state (B, L, D) that a block is called with."""
     return arguments[0] if arguments else keywords["hidden_states"]
 
 
@@ -112,7 +113,7 @@ def _calls(model: Any, blocks: list[nn.Module], tokens: torch.Tensor, prefix: st
     forwards = [block.forward for block in blocks]
 
     def stand_in(*arguments: Any, **keywords: Any) -> Any:
-        given = _hidden_of(arguments, keywords)
+        given = hidden_of(arguments, keywords)
         if last and last[0] is not given:
             raise IntegrationError(
                 f"block {len(calls)} of {prefix!r} is not called with what the block before it returned; block-by-"
@@ -148,7 +149,7 @@ def _first_input(model: Any, block: nn.Module, tokens: torch.Tensor) -> torch.Te
     seen: list[torch.Tensor] = []
 
     def stop(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        seen.append(_hidden_of(arguments, keywords).float())
+        seen.append(hidden_of(arguments, keywords).float())
         raise _Enough
 
     with _removing([block.register_forward_pre_hook(stop, with_kwargs=True)]), suppress(_Enough):

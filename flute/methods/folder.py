@@ -68,6 +68,7 @@ def quantize_folder(
     *,
     method: str,
     table: torch.Tensor | None = None,
+    act_order: bool = True,
     samples: int = 64,
     window: int = 512,
     seed: int = 0,
@@ -84,7 +85,7 @@ def quantize_folder(
         plan: what `make_plan` said of a dense model's folder and ``record``. out: the folder to make.
         record: how; patterns allowed.
         texts: name -> calibration text.
-        method, table: as in `quantize_model`.
+        method, table, act_order: as in `quantize_model`.
         samples, window, seed: of the calibration windows, see `token_windows`.
         device: where the arithmetic is done; float32, but for what comes before the blocks on a GPU.
         force: replace an existing checkpoint.
@@ -94,6 +95,7 @@ def quantize_folder(
         FluteError: one line; ``out`` is then as it was.
     """
     options: dict[str, Any] = {"method": method, "samples": samples, "window": window, "seed": seed, "flute": version}
+    options["act_order"] = act_order
     if learning is not None:
         options["learning"] = asdict(learning)
     with Workplace(Path(out).expanduser().absolute(), plan.fingerprint(**options), force=force) as work, work.filled():
@@ -106,6 +108,7 @@ def quantize_folder(
             windows,
             method=method,
             table=table,
+            act_order=act_order,
             dtype=plan.scale_dtype,
             device=device,
             progress=progress,

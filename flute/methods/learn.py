@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,14 +21,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from ..errors import CalibrationError, IntegrationError
 from ..integrations.modules import output_head, untie_head
-from ..learned import LearnedLinear, dense_weights, learned_layers
+from ..learned import LearnedLinear, dense_weights, held_codes, learned_layers
 from ..spec import CUSTOM_TABLE, QuantSpec
 from .calibration import check_windows
 from .capture import Call, batches, block_output, find_stack, record, run_block, to_device
+from .losses import DenseLogits, kl, nll, recomputing
 from .progress import State
 
 _BATCH_TOKENS = 512  # of a step over the whole model
@@ -74,6 +73,11 @@ class Learning:
             )
         if self.objective not in OBJECTIVES:
             raise CalibrationError(f"objective={self.objective!r} is unknown; use {', '.join(OBJECTIVES)}")
+        if not isinstance(self.learn_table, bool):
+            raise CalibrationError(
+                f"learn_table={self.learn_table!r}: give True for a table per layer, or False; tables per row gain "
+                "less than smaller groups of the same bits, see docs/quality.md"
+            )
 
 
 @dataclass
@@ -166,45 +170,25 @@ def _replace(
         model.set_submodule(name, layer)
 
 
-# ---- losses ----------------------------------------------------------------------------------------------------------
-
-
-def nll(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """Mean -log p(token | tokens before it in its window) over tokens (B, L) but the first of each window."""
-    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
-    return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-
-
-def kl(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """Mean KL(dense || quantized) of the next-token distributions over all positions of tokens (B, L)."""
-    with torch.no_grad(), dense_weights(model):
-        truth = model(input_ids=tokens, use_cache=False).logits.float().log_softmax(-1).flatten(0, 1)
-    guess = model(input_ids=tokens, use_cache=False).logits.float().log_softmax(-1).flatten(0, 1)
-    return nn.functional.kl_div(guess, truth, log_target=True, reduction="batchmean")
-
-
-@contextmanager
-def recomputing(blocks: list[nn.Module]) -> Iterator[None]:
-    """Inside blocks nothing is kept for the backward pass but what goes in. Works on any block, and in eval mode, where
-    dropout does not disturb."""
-    try:
-        for block in blocks:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-        yield
-    finally:
-        for block in blocks:
-            del block.forward
+# ---- whole model, or block by block --------------------------------------------------------------------------------
 
 
 def _end_to_end(
     model: Any, windows: torch.Tensor, learning: Learning, job: dict[str, Any], state: Path | None, on_step: OnStep
 ) -> Learned:
     parts = [part.to(model.device) for part in batches(windows, _BATCH_TOKENS)]
-    loss = kl if learning.objective == "kl" else nll
     layers = learned_layers(model)
-    with recomputing(list(model.get_submodule(find_stack(model, layers)))):
-        place = None if state is None else State(state / "model.safetensors", job)
-        return learn(layers, len(parts), lambda index: loss(model, parts[index]), learning, place, on_step)
+    blocks = list(model.get_submodule(find_stack(model, layers)))
+    dense = DenseLogits(model, blocks, parts) if learning.objective == "kl" else None
+
+    def loss(index: int) -> torch.Tensor:
+        return nll(model, parts[index]) if dense is None else kl(model, parts[index], partial(dense, index))
+
+    place = None if state is None else State(state / "model.safetensors", job)
+    for layer in layers.values():
+        layer.scales.requires_grad_(True)
+    with recomputing(model, blocks, parts[0]):
+        return learn(layers, len(parts), loss, learning, place, on_step)
 
 
 def _by_block(
@@ -283,7 +267,7 @@ def learn(
     total = learning.epochs * count if named else 0
     found = state.load(named, optimizer) if state else None
     if found is None:
-        start = _mean(loss, count)
+        start = _mean(layers, loss, count)
         if not math.isfinite(start):
             raise CalibrationError(
                 f"the calibration loss is {start} before the first step; the model gives NaN on this text"
@@ -302,7 +286,7 @@ def learn(
         made.steps += 1
         on_step(made.steps, total, value)
         if made.steps % count == 0:
-            now = _mean(loss, count)
+            now = _mean(layers, loss, count)
             if now < made.after:
                 made.after, made.best_step = now, made.steps
                 best = {name: p.detach().clone() for name, p in named.items()}
@@ -336,5 +320,6 @@ def _step(
 
 
 @torch.no_grad()
-def _mean(loss: Callable[[int], torch.Tensor], count: int) -> float:
-    return sum(float(loss(index)) for index in range(count)) / count
+def _mean(layers: Mapping[str, LearnedLinear], loss: Callable[[int], torch.Tensor], count: int) -> float:
+    with held_codes(layers.values()):
+        return sum(float(loss(index)) for index in range(count)) / count

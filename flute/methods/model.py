@@ -99,6 +99,7 @@ def quantize_model(
     *,
     method: str = "gptq",
     table: torch.Tensor | None = None,
+    act_order: bool = True,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     progress: Progress = lambda name, weights: None,
@@ -114,6 +115,7 @@ def quantize_model(
         windows: token ids int64 (S, L), from `calibration.token_windows`; not needed for ``"rtn"``.
         method: a name in `recipes.RECIPES`.
         table: the custom table, where a spec is custom; left out, ``"best"`` learns one per layer.
+        act_order: where there is error feedback, round the most important columns first, else from left to right.
         dtype: of scales, tables and the finished model; default the model's own.
         device: where the arithmetic is done; default where the model is.
         progress: called after every layer.
@@ -123,7 +125,7 @@ def quantize_model(
         FluteError: a spec that does not fit, bad windows, NaN. The model is then partly quantized: load it anew.
     """
     started = time.perf_counter()
-    recipe = recipe_of(method)
+    recipe = replace(recipe_of(method), act_order=act_order)
     asked = spec if isinstance(spec, ModelSpec) else ModelSpec(spec)
     check_patterns(model, asked)
     choice = choose(model, asked)

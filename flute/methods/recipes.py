@@ -33,7 +33,7 @@ class Recipe:
         calibrated: needs calibration windows.
         fold: fold activation-aware scales into the layer before, where the graph allows.
         scale: how scales begin, ``"auto"``, ``"absmax"`` or ``"mse"`` (weighted by H's diagonal where that is known).
-        feedback: choose codes with error feedback.
+        feedback: choose codes with error feedback; act_order: most important columns first, else from left to right.
         rounds: of refining scales, learned table and codes.
         match_dense: share of the way from W to the dense target (see `hessian.dense_target`).
         learns_tables: a custom spec without a table gets one of its own per layer.
@@ -46,6 +46,7 @@ class Recipe:
     fold: bool = False
     scale: str = "auto"
     feedback: bool = False
+    act_order: bool = True
     rounds: int = 0
     match_dense: float = 0.0
     learns_tables: bool = False
@@ -59,7 +60,7 @@ class Recipe:
 
 RECIPES = {
     "rtn": Recipe("round to nearest, no calibration", calibrated=False),
-    "gptq": Recipe("rounding with error feedback, act-order, scales searched under the Hessian's diagonal",
+    "gptq": Recipe("rounding with error feedback, scales searched under the Hessian's diagonal",
                    scale="mse", feedback=True),
     "awq": Recipe("activation-aware scales folded into the layer before, then rtn", fold=True, scale="mse"),
     "awq+gptq": Recipe("awq, then gptq", fold=True, scale="mse", feedback=True),
@@ -138,7 +139,7 @@ def solve(
         scales = begun.scales
     values = as_pairs(own.to(scale_dtype).float())
     if recipe.feedback or learned:
-        codes = round_with_feedback(target, made, spread(scales, group, width), values)
+        codes = round_with_feedback(target, made, spread(scales, group, width), values, act_order=recipe.act_order)
     else:
         codes = begun.codes.long()
     for _ in range(recipe.rounds):
