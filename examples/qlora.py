@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from flute import FluteConfig
 from flute.integrations.folders import embedded
-from flute.integrations.peft import merge_and_unload
+from flute.integrations.peft import merge_and_unload, prepare_model_for_kbit_training
 
 
 def main() -> None:
@@ -41,9 +41,9 @@ def main() -> None:
     if getattr(AutoConfig.from_pretrained(options.model), "quantization_config", None) is None:
         keywords["quantization_config"] = FluteConfig(bits=4, group_size=64)
     model = AutoModelForCausalLM.from_pretrained(options.model, device_map={"": options.device}, **keywords)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = peft.get_peft_model(
-        model, peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        prepare_model_for_kbit_training(model),
+        peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
     model.print_trainable_parameters()
 

@@ -30,6 +30,7 @@ from flute.errors import FluteError
 
 # click's base class of "you typed it wrong": typer brings click along under a private name, but shows this child of it
 _USAGE_ERROR: Any = typer.BadParameter.__mro__[2]
+_INTERRUPTED = 130
 
 app = typer.Typer(
     name="flute",
@@ -79,11 +80,13 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         text = format_message() if callable(format_message) else str(error)
         _complain(f"{text} (flute --help)", 2)
     except (KeyboardInterrupt, typer.Abort):
-        _complain("interrupted", 130)
+        _complain("interrupted", _INTERRUPTED)
     except BrokenPipeError:
         sys.exit(1)  # the reader of our output went away
     except OSError as error:
         _complain(f"{error.filename or 'a file'}: {error.strerror or error}", 1)
+    if code == _INTERRUPTED:  # typer's own word for Ctrl-C, in silence
+        _complain("interrupted", _INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)
 
 

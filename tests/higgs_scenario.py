@@ -93,6 +93,7 @@ def case(folder: Path, device: str, hidden: int, bits: int, p: int, dtype: torch
         "codes": any(tensor.dtype == torch.int16 for tensor in stored.values()),
         "same logits": torch.equal(logits, again_logits),
         "same tokens": torch.equal(tokens, again_tokens),
+        "card": "higgs" in (folder / "twice" / "README.md").read_text(),
         "same files": equal(stored, load_file(folder / "twice" / "model.safetensors")),
         "distortion": abs(relative / DISTORTION[bits, p] - 1) < 0.05,
         "dequantized": close < (0.01 if dtype == torch.float16 else 0.06),

@@ -11,7 +11,7 @@ from tiny_models import load, saved
 from flute import FluteConfig
 from flute.cli import main
 from flute.errors import CheckpointError
-from flute.integrations import card, folders
+from flute.integrations import card, described, folders
 from flute.integrations.folders import embedded
 
 QUALITY = {"text": "wiki", "perplexity": 12.34567, "windows": 3, "seq_len": 128, "dtype": "float32"}
@@ -25,7 +25,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def test_a_card_says_what_the_checkpoint_holds(checkpoint: Path) -> None:
-    path = card.write(folders.validate(checkpoint), base="someone/dense", quality=[QUALITY])
+    path = card.write(described.of_folder(checkpoint), base="someone/dense", quality=[QUALITY])
     found = ModelCard.load(path)
     assert found.data.base_model == "someone/dense"
     assert found.data.tags == ["flute", "4-bit", "quantized"]
@@ -34,19 +34,25 @@ def test_a_card_says_what_the_checkpoint_holds(checkpoint: Path) -> None:
     assert f"{report.bits_per_weight:.3f} bits per quantized weight" in found.text
     assert "| 12 | 4 | 24 | nf4 | 1 | none |" in found.text and "| 2 | 3 | 24 | nf3 | 1 | none |" in found.text
     assert "| wiki | 12.3457 | 3 x 128 | float32 |" in found.text
-    card.write(folders.validate(checkpoint))  # its own card is replaced
+    path.write_text(path.read_text().replace("tags:", "license: mit\ntags:"))  # metadata are not the text
+    card.write(described.of_folder(checkpoint))  # its own card is replaced
     again = ModelCard.load(path)
-    assert again.data.base_model is None and "## Quality" not in again.text
+    assert "## Quality" not in again.text
+    assert (again.data.base_model, again.data.license) == ("someone/dense", "mit")  # stays known
 
 
 def test_what_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    (checkpoint / "README.md").write_text("mine")
-    with pytest.raises(CheckpointError, match="not written by flute"):
-        card.write(folders.validate(checkpoint))
+    readme = checkpoint / "README.md"
+    for mine in ("mine", readme.read_text() + "\nand a word of mine\n"):
+        readme.write_text(mine)
+        with pytest.raises(CheckpointError, match="not written by flute, or edited since"):
+            card.write(described.of_folder(checkpoint))
+        assert readme.read_text() == mine
+    readme.write_text("mine")
     with pytest.raises(CheckpointError, match="not what flute eval --json prints"):
-        card.write(folders.validate(checkpoint), quality=[{"perplexity": "good"}], force=True)
+        card.write(described.of_folder(checkpoint), quality=[{"perplexity": "good"}], force=True)
     assert (checkpoint / "README.md").read_text() == "mine"
-    card.write(folders.validate(checkpoint), force=True, base=str(tmp_path / "dense"))  # a path is nobody's business
+    card.write(described.of_folder(checkpoint), force=True, base=str(tmp_path / "dense"))  # a path is nobody's business
     assert str(tmp_path) not in (checkpoint / "README.md").read_text()
 
 
@@ -73,7 +79,3 @@ def test_the_card_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert script
     exec(script[1], {})
     assert capsys.readouterr().out.startswith("The lookup table")
-
-
-def test_a_pushed_model_has_its_tags(checkpoint: Path) -> None:
-    assert load(checkpoint).model_tags == ["flute", "4-bit", "quantized"]

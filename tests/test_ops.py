@@ -76,6 +76,18 @@ def test_gradients_flow_to_x_and_bias_only() -> None:
     assert one.grad is not None and one.grad.shape == (96,)
 
 
+@pytest.mark.parametrize("shape", [(96,), (3, 96), (2, 3, 96), (2, 40, 96)], ids=str)
+def test_the_result_may_be_changed_in_place(shape: tuple[int, ...]) -> None:
+    """As that of nn.Linear: some adapters add to it, some models scale it."""
+    p, x = problem(torch.float32), torch.randn(shape, requires_grad=True)
+    y = p.run(x)
+    y.mul_(2).add_(1)
+    y.sum().backward()
+    other = x.detach().clone().requires_grad_()
+    (2 * p.run(other)).sum().backward()
+    assert torch.equal(x.grad, other.grad)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck(dtype: torch.dtype) -> None:
     p = problem(dtype)

@@ -71,6 +71,44 @@ def test_the_usual_preparation_and_autocast(folder: Path) -> None:
     assert train(model, steps=1)[0] < losses[-1]  # float32 throughout
 
 
+@pytest.mark.parametrize("reentrant", [None, True])
+def test_our_preparation(reentrant: bool | None, folder: Path) -> None:
+    """16 bits without autocast, recomputed activations, every linear layer: loss falls, gradients are the same."""
+    from flute.integrations.peft import prepare_model_for_kbit_training
+
+    settings = None if reentrant is None else {"use_reentrant": reentrant}
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    models = []
+    for checkpointing in (True, False):
+        torch.manual_seed(0)
+        base = prepare_model_for_kbit_training(load(folder, dtype=torch.bfloat16), checkpointing, settings)
+        assert base.is_gradient_checkpointing == checkpointing
+        assert base.model.layers[0].mlp.up_proj.scales.dtype == torch.bfloat16
+        models.append(peft.get_peft_model(base, config).train())
+        models[-1](prompt(), labels=prompt()).loss.backward()
+    first, second = ([p.grad for p in model.parameters() if p.requires_grad] for model in models)
+    assert len(first) == len(second) == 2 * 14
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    losses = train(models[0])
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_other_kinds_of_adapter(folder: Path) -> None:
+    from flute.integrations.peft import mergeable
+
+    for keywords in ({"use_rslora": True}, {"init_lora_weights": "gaussian"}):
+        losses = train(adapted(folder, **keywords))
+        assert losses[-1] < 0.8 * losses[0]
+    ada = peft.AdaLoraConfig(target_modules=TARGETS, total_step=50, task_type="CAUSAL_LM")
+    losses = train(peft.get_peft_model(load(folder), ada))  # adds to the layer's output in place
+    assert losses[-1] < losses[0]
+    dora = peft.LoraConfig(target_modules=TARGETS, use_dora=True, task_type="CAUSAL_LM")
+    with pytest.raises(IntegrationError, match="needs the dense weight in every step"):
+        peft.get_peft_model(load(folder), mergeable(dora))
+    trained = train(peft.get_peft_model(load(folder).dequantize(), dora))
+    assert trained[-1] < 0.8 * trained[0]
+
+
 def test_gradients_are_those_of_the_dense_model(folder: Path) -> None:
     gradients = []
     for model in (load(folder), load(folder).dequantize()):
@@ -81,11 +119,11 @@ def test_gradients_are_those_of_the_dense_model(folder: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:merging quantizes")
-@pytest.mark.parametrize("own_class", [False, True])
-def test_merge(own_class: bool, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("own_class", "rslora"), [(False, False), (True, True)])
+def test_merge(own_class: bool, rslora: bool, folder: Path, tmp_path: Path) -> None:
     from flute.integrations.peft import merge_and_unload
 
-    model = adapted(folder, mergeable=own_class)
+    model = adapted(folder, mergeable=own_class, use_rslora=rslora)
     train(model)
     before = load(folder)(prompt()).logits
     wanted = model.eval()(prompt()).logits

@@ -60,7 +60,7 @@ def test_by_hand(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = quantized(dense, ModelSpec(QuantSpec(2, 24, "custom")), torch.tensor([-1.0, -0.25, 0.25, 1.0]))
     monkeypatch.setattr(sqnr, "_WEIGHTS_AT_ONCE", 1000)  # nine slices of rows
     calls: list[tuple[str, int]] = []
-    found = sqnr.distances(out, dense, lambda *call: calls.append(call))
+    found = sqnr.distances(folders.validate(out), dense, lambda *call: calls.append(call))
     assert found.sqnr[DOWN] == pytest.approx(10 * math.log10(20), abs=1e-12)
     assert (DOWN, 72 * 120) in calls and len(calls) == len(found.sqnr) == 14
     assert list(found.sqnr.values()) == sorted(found.sqnr.values()) and not found.left and not found.changed
@@ -69,13 +69,13 @@ def test_by_hand(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_weights_on_the_grid_have_no_noise(dense: Path) -> None:
     change(dense, DOWN + ".weight", torch.tensor([1.0, -0.25]).repeat(72, 60))
     out = quantized(dense, ModelSpec(QuantSpec(2, 24, "custom")), torch.tensor([-1.0, -0.25, 0.25, 1.0]))
-    assert list(sqnr.distances(out, dense).sqnr.items())[-1] == (DOWN, math.inf)
+    assert list(sqnr.distances(folders.validate(out), dense).sqnr.items())[-1] == (DOWN, math.inf)
 
 
 @pytest.mark.parametrize("spec", [higgs_spec(3, 24, hadamard_size=24), QuantSpec(4, 64, "nf4")], ids=str)
 def test_rotated_or_not_it_is_what_the_layer_computes_with(spec: QuantSpec, dense: Path) -> None:
     out = quantized(dense, ModelSpec(spec, lm_head=True))
-    found = sqnr.distances(out, dense).sqnr
+    found = sqnr.distances(folders.validate(out), dense).sqnr
     made = {name: layer for name, layer in load(out, dtype=torch.float32).named_modules() if type(layer) is LutLinear}
     source = dense_linears(load(dense))
     assert found.keys() == made.keys() and "lm_head" in found
@@ -89,7 +89,7 @@ def test_a_head_that_was_tied(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "dense")
     out = quantized(tmp_path / "dense", ModelSpec(lm_head=True))
     head = load(out, dtype=torch.float32).lm_head.dequantize()
-    found = sqnr.distances(out, tmp_path / "dense").sqnr
+    found = sqnr.distances(folders.validate(out), tmp_path / "dense").sqnr
     assert found["lm_head"] == pytest.approx(by_definition(model.lm_head.weight, head), abs=1e-4)
 
 
@@ -98,7 +98,7 @@ def test_stacked_experts(spec: QuantSpec, tmp_path: Path) -> None:
     model = build("Mixtral", torch.float16, num_local_experts=5, num_experts_per_tok=2)
     model.save_pretrained(tmp_path / "dense")
     out = quantized(tmp_path / "dense", ModelSpec(spec, experts=True))
-    found = sqnr.distances(out, tmp_path / "dense")
+    found = sqnr.distances(folders.validate(out), tmp_path / "dense")
     made = load(out, dtype=torch.float32).model.layers[1].mlp.experts
     name = "model.layers.1.mlp.experts."
     for part in ("gate_up_proj", "down_proj"):
@@ -111,22 +111,22 @@ def test_stacked_experts(spec: QuantSpec, tmp_path: Path) -> None:
 def test_folded_norms_are_named(dense: Path) -> None:
     out = quantized(dense, ModelSpec())
     change(dense, "model.layers.1.input_layernorm.weight", torch.full((72,), 0.5))
-    assert sqnr.distances(out, dense).changed == ("model.layers.1.input_layernorm.weight",)
+    assert sqnr.distances(folders.validate(out), dense).changed == ("model.layers.1.input_layernorm.weight",)
 
 
 def test_another_model_is_refused(dense: Path, tmp_path: Path) -> None:
     out = quantized(dense, ModelSpec())
     build("Llama", torch.float16, intermediate_size=128).save_pretrained(tmp_path / "other")
     with pytest.raises(CheckpointError, match=r"no weight \(120, 72\) of layer 'model.layers.0.mlp.gate_proj'"):
-        sqnr.distances(out, tmp_path / "other")
+        sqnr.distances(folders.validate(out), tmp_path / "other")
     with pytest.raises(CheckpointError, match="quantized itself"):
-        sqnr.distances(out, out)
+        sqnr.distances(folders.validate(out), out)
 
 
 def test_inspect_against(dense: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = quantized(dense, ModelSpec())
     change(dense, "model.norm.weight", torch.full((72,), 0.5))
-    found = sqnr.distances(out, dense).sqnr
+    found = sqnr.distances(folders.validate(out), dense).sqnr
     code, text, err = flute("inspect", out, "--against", dense, capsys=capsys)
     rows = [line.split() for line in text.splitlines() if line.strip().startswith("model.layers")]
     assert code == 0 and [(row[0], row[-1]) for row in rows] == [(n, f"{value:.2f}") for n, value in found.items()]

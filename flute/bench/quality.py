@@ -12,6 +12,7 @@ of the dense model (`flute.bench.quality_peers`).
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -186,7 +187,7 @@ class Bench:
         if missing:
             raise FluteError(missing)
         self._progress(f"{candidate.name}: rounding")
-        model, _ = self._load(self._of.source)
+        model = copy.deepcopy(self._dense)
         layers = [layer.name for file in self._plan.layers.values() for layer in file]
         held, dense, started = 0, 0, time.perf_counter()
         for name in layers:

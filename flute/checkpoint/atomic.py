@@ -22,6 +22,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from safetensors import SafetensorError
+
 from ..errors import CheckpointError, FluteError
 from .files import read_json
 
@@ -177,12 +179,14 @@ class Workplace:
         """Inside, `folder` is filled; behind it comes `finish`. Any of our own errors discards what is there.
 
         Raises:
-            CheckpointError: the system refuses to write (an OSError); what is there stays, for the same job to go on.
+            CheckpointError: the system refuses to write (an OSError, or safetensors' word for it); what is there stays,
+                for the same job to go on.
         """
         try:
             yield
-        except OSError as error:
-            raise CheckpointError(f"{self.folder} cannot be written: {error.strerror or error}; make room") from error
+        except (OSError, SafetensorError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise CheckpointError(f"{self.folder} cannot be written: {why}; make room") from error
         except FluteError:
             self.discard()  # data and weights will be no better next time
             raise

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import FluteError
-from .common import QuietOption, check_device, note, parse_dtype, print_table, quiet_libraries
+from .common import (
+    OutputOption,
+    PlotOption,
+    QuietOption,
+    check_device,
+    close,
+    note,
+    parse_dtype,
+    print_table,
+    quiet_libraries,
+)
 from .quality import quality
 
 if TYPE_CHECKING:
@@ -20,8 +29,6 @@ app.command("quality")(quality)
 
 _SHAPES = "4096x4096,6144x4096,4096x14336,8192x8192,28672x4096,28672x8192"
 _TOKENS = "1,2,4,8,16,32,64,128,256,1024,4096"
-OutputOption = Annotated[Path, typer.Option("--output", "-o", help="A .csv file, or a folder for it.")]
-PlotOption = Annotated[bool, typer.Option("--plot", help="Also a .png of the same name (needs matplotlib).")]
 
 
 def numbers(option: str, text: str) -> list[int]:
@@ -71,6 +78,8 @@ def kernel(
     ms = numbers("-m", tokens)
     for_peers = numbers("--peer-tokens", peer_tokens) if peer_tokens else ms
     formats = numbers("--bits", bits), numbers("--group-sizes", group_sizes)
+    import torch
+
     from ..bench import kernel as bench
     from ..bench import plot as pictures
     from ..bench.machine import describe
@@ -83,7 +92,8 @@ def kernel(
     )  # fmt: skip
     if draw:
         pictures.require()
-    check_device("cuda")
+    if not torch.cuda.is_available():
+        raise FluteError("flute bench kernel measures on a GPU, and torch sees no GPU; flute doctor tells why")
     path = output_file(output, "kernel")
     from ..bench.timing import read_ceiling
 
@@ -103,7 +113,7 @@ def kernel(
     bench.measure(sweep, ceiling, done)
     for line in bench.notes(rows):
         note(f"not timed: {line}", quiet=quiet)
-    _close(path, pictures.kernels if draw else None, rows, origin)
+    close(path, pictures.kernels if draw else None, rows, origin)
 
 
 @app.command("model")
@@ -163,7 +173,7 @@ def model(
     bench.measure(plan, done)
     for line in dict.fromkeys(f"{row.method}: {row.note}" for row in rows if row.note):
         note(line, quiet=quiet)
-    _close(path, pictures.models if draw else None, rows, origin)
+    close(path, pictures.models if draw else None, rows, origin)
 
 
 @app.command("plot")
@@ -182,12 +192,4 @@ def plot(
     for path in files:
         origin, rows = read_rows(path, *drawers)
         draw = drawers[type(rows[0])]
-        _close(path, draw, rows, origin)
-
-
-def _close(path: Path, draw: Any, rows: Sequence[Any], origin: str) -> None:
-    """Say what was written; with ``draw`` a picture of the rows that have figures too."""
-    written = [path]
-    if draw is not None:
-        written.append(draw([row for row in rows if getattr(row, "batch", 1)], path.with_suffix(".png"), origin))
-    print("written: " + ", ".join(str(one) for one in written))
+        close(path, draw, rows, origin)

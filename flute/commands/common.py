@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print figures as JSON.")]
+OutputOption = Annotated[Path, typer.Option("--output", "-o", help="A .csv file, or a folder for it.")]
+PlotOption = Annotated[bool, typer.Option("--plot", help="Also a .png of the same name (needs matplotlib).")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
 ModelArgument = Annotated[
@@ -71,6 +73,18 @@ def read_text(path: Path) -> str:
         raise FluteError(f"{path} cannot be read: {error.strerror}") from None
 
 
+def make_room(output: Path) -> None:
+    """Make the folder that ``output`` will lie in.
+
+    Raises:
+        FluteError: the system refuses.
+    """
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FluteError(f"{output.parent} cannot be made: {error.strerror}; choose another -o") from None
+
+
 def print_json(values: Any) -> None:
     """One JSON document on stdout."""
     print(json.dumps(values, indent=2, ensure_ascii=False))
@@ -95,6 +109,14 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         table.add_row(*row)
     width = sum(max(len(row[i]) for row in [header, *rows]) + 3 for i in range(len(header)))
     Console(width=max(width, 80), markup=False, highlight=False, emoji=False).print(table)
+
+
+def close(path: Path, draw: Any, rows: Sequence[Any], origin: str) -> None:
+    """Say what a measurement wrote; with ``draw`` a picture of the rows that have figures too."""
+    written = [path]
+    if draw is not None:
+        written.append(draw([row for row in rows if getattr(row, "batch", 1)], path.with_suffix(".png"), origin))
+    print("written: " + ", ".join(map(str, written)))
 
 
 def progress_bar(total: int, unit: str, *, quiet: bool, scale: bool = False) -> tqdm[Any]:

@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import __version__
-from .common import JsonOption, QuietOption, ThreadsOption, print_json, print_table, progress_bar, quiet_libraries
+from .common import (
+    JsonOption,
+    QuietOption,
+    ThreadsOption,
+    make_room,
+    print_json,
+    print_table,
+    progress_bar,
+    quiet_libraries,
+)
 
 if TYPE_CHECKING:
     from ..integrations.convert.folder import Conversion, Converted
@@ -45,13 +54,13 @@ def convert(
 
     refuse_existing(output := output.expanduser().absolute(), force=force)
     quiet_libraries(threads)
-    from ..integrations import card, folders
+    from ..integrations import card, described, folders
     from ..integrations.convert import folder
     from ..integrations.convert.source import open_source
 
     started = time.perf_counter()
     found = folders.find(source, revision=revision)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    make_room(output)
     with open_source(found, output.parent, tile=tile) as opened, progress_bar(0, "w", quiet=quiet, scale=True) as bar:
 
         def progress(name: str, weights: int) -> None:
@@ -66,14 +75,13 @@ def convert(
                 _print_layers(refusal.layers)
             raise
         kind = opened.kind
-    report = folders.validate(output)
-    card.write(report, force=True)
+    card.write(described.of_report(made.report))
     figures = {
         "output": str(output),
         "from": kind,
         "dtype": str(made.dtype).removeprefix("torch."),
         "layers": [_figures(layer) for layer in made.layers],
-        "bytes": report.nbytes,
+        "bytes": made.report.nbytes,
         "seconds": time.perf_counter() - started,
     }
     if as_json:

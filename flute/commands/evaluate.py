@@ -62,6 +62,8 @@ def evaluate(
     if text is None and (not names or against is not None):
         raise FluteError("nothing to evaluate on: give --text FILE, or --tasks NAMES" if not names else
                          "--against compares on a text: give --text FILE")  # fmt: skip
+    if output is not None and not output.expanduser().parent.is_dir():
+        raise FluteError(f"--output {output}: {output.parent} is no folder; make it, or choose another")
     words = None if text is None else read_text(text)
     chosen = parse_dtype(dtype)
     check_device(device)
@@ -87,10 +89,10 @@ def evaluate(
         figures |= {"tasks": _task_figures(scores), "lm_eval": runs.require(), "limit": limit}
         if not as_json:
             print_table(*_task_table(scores))
-    if output is not None:
-        write_json(output, figures)
     if as_json:
         print_json(figures)
+    if output is not None:  # last: a full disk costs nobody the figures
+        write_json(output.expanduser(), figures)
 
 
 def _on_text(

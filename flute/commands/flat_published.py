@@ -106,13 +106,16 @@ def job_of(options: argparse.Namespace) -> FlatJob:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run; 0 done, 1 refused."""
+    """Run; 0 done, 1 refused, 130 interrupted."""
     options = parser().parse_args(arguments)
     try:
         _run(options)
     except FluteError as error:
         print(f"flute: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("flute: error: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

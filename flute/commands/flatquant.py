@@ -64,11 +64,12 @@ def flatquant(
     """
     quiet_libraries(threads)
     from ..flatquant.spec import PRESETS
-    from ..integrations import flat_upstream, folders
+    from ..integrations import card, described, flat_upstream, folders
     from ..methods.flat_folder import Feedback, FlatJob, Schedule, Start
 
     if flat_upstream.is_published(source := folders.find(model).folder):
         blocks = flat_upstream.convert(source, output, force=force)
+        card.write(described.of_folder(output.expanduser()))
         print(f"{output}: {blocks} blocks of a published packed_int4 checkpoint, converted")
         return
     if preset not in PRESETS:
@@ -95,7 +96,7 @@ def run(
 ) -> FlatReport:
     """Make the folder, with a bar, and say what came of it."""
     from ..checkpoint.atomic import refuse_existing
-    from ..integrations import folders
+    from ..integrations import card, described, folders
     from ..methods.flat_folder import flatquant_folder
 
     check_device(device)
@@ -104,6 +105,7 @@ def run(
     with progress_bar(0, "step", quiet=quiet) as bar:
         options: dict[str, Any] = {"device": device, "force": force, "save_to": save_to, "version": __version__}
         report = flatquant_folder(folders.find(model).folder, output, job, texts, on_step=stepper(bar), **options)
+    card.write(described.of_folder(output), base=model)
     for line in report.notes:
         note(line, quiet=quiet)
     if report.blocks:

@@ -76,7 +76,7 @@ def _distances(report: Report, against: str) -> Distances:
         def progress(name: str, weights: int) -> None:
             bar.update(weights)
 
-        return distances(report.folder, dense, progress)
+        return distances(report, dense, progress)
 
 
 def _figures(found: Distances) -> dict[str, object]:

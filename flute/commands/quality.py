@@ -12,9 +12,12 @@ from ..errors import FluteError
 from .common import (
     DeviceOption,
     ModelArgument,
+    OutputOption,
+    PlotOption,
     QuietOption,
     ThreadsOption,
     check_device,
+    close,
     note,
     print_table,
     quiet_libraries,
@@ -40,10 +43,8 @@ def quality(
     only: Annotated[str, typer.Option(help="Names or globs of rows, with commas: make these, anew.")] = "",
     device: DeviceOption = "cpu",
     threads: ThreadsOption = 0,
-    output: Annotated[Path, typer.Option("--output", "-o", help="A .csv file, or a folder for it.")] = Path(
-        "bench-output"
-    ),
-    draw: Annotated[bool, typer.Option("--plot", help="Also a .png of the same name (needs matplotlib).")] = False,
+    output: OutputOption = Path("bench-output"),
+    draw: PlotOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Perplexity, KL divergence and size of every method and of other libraries, on the same text and windows.
@@ -95,8 +96,7 @@ def quality(
         raise FluteError("nothing was measured; the lines above say why")
     made = list(rows.values())
     print_table(*bench.table(made))
-    written = [file, pictures.quality(made, file.with_suffix(".png"), _origin(rows))] if draw else [file]
-    print("written: " + ", ".join(map(str, written)))
+    close(file, pictures.quality if draw else None, made, _origin(rows))
 
 
 def _origin(rows: dict[str, QualityRow]) -> str:

@@ -23,6 +23,7 @@ from .common import (
     QuietOption,
     ThreadsOption,
     check_device,
+    make_room,
     note,
     print_json,
     print_table,
@@ -194,14 +195,14 @@ def _run(
     """Figures of a run; ``texts`` is what a calibrated method reads, None rounds to nearest; ``share`` chooses bits."""
     from ..checkpoint import streaming
     from ..checkpoint.plan import make_plan
-    from ..integrations import card, folders, mixtures
+    from ..integrations import card, described, folders, mixtures
     from ..methods.folder import quantize_folder
 
     started = time.perf_counter()
     found = folders.find(model)
     if found.gguf:
         note(f"{found.gguf}: unpacked to float16 in memory as a whole first", quiet=quiet)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    make_room(output)
     more: dict[str, Any] = {}
     with folders.dense_folder(found, output.parent) as source:
         architecture = folders.architecture(source, record, check_names=True)
@@ -234,7 +235,7 @@ def _run(
                 if made.learned is not None:
                     more["learned"] = asdict(made.learned)
         report = folders.validate(output)
-        card.write(report, base=model, force=True)
+        card.write(described.of_report(report), base=model)
     return {
         "output": str(output),
         "method": options.get("method", "rtn"),

@@ -25,6 +25,7 @@ import torch
 from ..checkpoint.architecture import Architecture
 from ..checkpoint.files import inside
 from ..checkpoint.shards import DTYPES, TensorInfo, open_shard, read_headers
+from ..checkpoint.validate import Report
 from ..errors import CheckpointError
 from ..integrations import folders
 from ..packing import unpack_codes
@@ -70,18 +71,18 @@ class _Tensors:
 
 
 def distances(
-    folder: Path, dense: Path, progress: Callable[[str, int], None] = lambda name, weights: None
+    report: Report, dense: Path, progress: Callable[[str, int], None] = lambda name, weights: None
 ) -> Distances:
-    """SQNR of every quantized layer of ``folder`` against the model in ``dense``.
+    """SQNR of every quantized layer of a checkpoint against the model in ``dense``.
 
     Args:
-        folder: a checkpoint of flute, which is validated first. dense: a folder of safetensors.
+        report: of the checkpoint, from `folders.validate`. dense: a folder of safetensors.
         progress: called after every layer with its name and number of weights.
 
     Raises:
-        CheckpointError: a folder is damaged, or ``dense`` is not the model that ``folder`` was made from.
+        CheckpointError: ``dense`` is damaged, or not the model that the checkpoint was made from.
     """
-    report = folders.validate(folder)
+    folder = report.folder
     if folders.is_quantized(dense):
         raise CheckpointError(f"{dense} is quantized itself; give the dense model that {folder} was made from")
     ours, theirs = (folders.architecture(place, report.record) for place in (folder, dense))

@@ -8,8 +8,6 @@ Tables are NormalFloat (nf2, nf3, nf4), as they were there. New code says ``Flut
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +17,7 @@ import torch
 from torch import nn
 
 from .. import __version__
+from ..checkpoint.atomic import Workplace, write_json
 from ..errors import FluteError, IntegrationError
 from ..learned import LearnedLinear, choose_codes
 from ..linear import LutLinear
@@ -174,12 +173,18 @@ def quantize_hf_model(
     """
     from transformers import AutoModelForCausalLM
 
+    from . import saving
     from .huggingface import FluteConfig
 
     spec = nf_spec(num_bits, group_size)
-    target = Path(save_directory)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise IntegrationError(f"{target} exists and is not an empty folder; choose another save_directory")
+    target = Path(save_directory).expanduser().absolute()
+    if target.exists():
+        try:
+            target.rmdir()  # an empty folder is as good as none
+        except OSError:
+            raise IntegrationError(
+                f"{target} exists and is not an empty folder; choose another save_directory"
+            ) from None
     if fake:
         model = AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, dtype=torch_dtype)
         for name in quantizable(model):
@@ -190,19 +195,14 @@ def quantize_hf_model(
         model = AutoModelForCausalLM.from_pretrained(
             pretrained_model_name_or_path, dtype=torch_dtype, quantization_config=FluteConfig(spec)
         )
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        model.save_pretrained(partial)
-        _save_tokenizer(pretrained_model_name_or_path, partial)
+    config = {"version": __version__, "num_bits": num_bits, "group_size": group_size}
+    job = {"source": pretrained_model_name_or_path, "dtype": torch_dtype, "fake": fake, **config}
+    with Workplace(target, job) as work, work.filled():
         if not fake:
-            config = {"version": __version__, "num_bits": num_bits, "group_size": group_size}
-            (partial / "flute_config.json").write_text(json.dumps(config), encoding="utf-8")
-        partial.replace(target)
-    except OSError as error:
-        raise IntegrationError(f"{target} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            saving.describe(model, name=target.name)
+            write_json(work.folder / "flute_config.json", config)
+        model.save_pretrained(work.folder)
+        _save_tokenizer(pretrained_model_name_or_path, work.folder)
 
 
 def _save_tokenizer(source: str, target: Path) -> None:
@@ -231,6 +231,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         quantize_hf_model(**vars(given))
     except FluteError as error:
         parser.exit(1, f"error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "error: interrupted\n")
 
 
 if __name__ == "__main__":

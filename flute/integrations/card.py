@@ -1,28 +1,34 @@
 """The README.md of a checkpoint: what it is, what it costs in quality where somebody measured that, how to run it.
 
-`write` puts it into a folder; ``flute quantize`` does so for every checkpoint that it makes. A model that transformers
-saves or pushes itself gets only its tags (`tags`): transformers writes that card, from a template of its own.
+A card that flute wrote carries a digest of its text. It is written anew only while the digest fits; once edited it is
+its owner's, like any other README.md, and stays (``force`` replaces it all the same). Of a card that is replaced the
+metadata are kept, and ours added: licence, languages and the base model are not forgotten.
+
+``flute quantize``, ``convert`` and ``flatquant`` write a card, and `saving` for models that transformers saves.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from yaml import YAMLError
 
 from ..checkpoint.atomic import whole_file
-from ..checkpoint.files import CONFIG, inside, read_json
-from ..checkpoint.validate import Report
+from ..config import QUANT_METHOD
 from ..errors import CheckpointError
-from ..spec import QuantSpec
+from ..flatquant.spec import QUANT_METHOD as FLATQUANT
 from . import folders
+from .described import Described
 
 FILE = "README.md"
-_MARK = "<!-- written by flute -->"
-_RUN = """\
+_MARK = re.compile(r"<!-- written by flute, ([0-9a-f]{16}): [^\n]*-->\n")
+_PYTHON = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer  # after: pip install flute-engine
 
@@ -31,88 +37,109 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 inputs = tokenizer("The lookup table", return_tensors="pt").to(model.device)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0], skip_special_tokens=True))
 ```
-
-```sh
-flute generate {name} --prompt "The lookup table"
-flute inspect {name}        # layer by layer
-```
 """
-
-
-def tags(spec: QuantSpec) -> list[str]:
-    """What a hub lists a checkpoint under."""
-    return ["flute", f"{spec.bits}-bit", "quantized"]
+_SHELL = {
+    QUANT_METHOD: (
+        'flute generate {name} --prompt "The lookup table"',
+        "flute inspect {name}        # layer by layer",
+        "vllm serve {name}           # vLLM finds flute's plugin by itself",
+    ),
+    FLATQUANT: ('flute generate {name} --prompt "The lookup table"',),
+}
 
 
 def write(
-    report: Report, *, base: str | None = None, quality: Sequence[Mapping[str, Any]] = (), force: bool = False
+    described: Described, *, base: str | None = None, quality: Sequence[Mapping[str, Any]] = (), force: bool = False
 ) -> Path:
-    """Write README.md into a checkpoint. Returns its path.
+    """Write README.md into a checkpoint's folder. Returns its path.
 
     Args:
-        report: of the checkpoint, from `folders.validate`.
+        described: the checkpoint, from `described`.
         base: the hub id (name/model) of the dense model; anything else, such as a path, is not told.
         quality: what ``flute eval --json`` printed for it, one for each text; the key "text" names the text.
-        force: replace a README.md that was not written here.
+        force: replace a README.md that is somebody's own.
 
     Raises:
-        CheckpointError: somebody else's README.md is there; quality is no such thing.
+        CheckpointError: somebody's own README.md is there; quality is no such thing.
     """
-    path = report.folder / FILE
-    if path.exists() and not force and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
-        raise CheckpointError(f"{path} was not written by flute; keep it, or replace it with --force")
-    made = card(report, base=base, quality=quality)
+    path = described.folder / FILE
+    if not force and not is_ours(path):
+        raise CheckpointError(f"{path} was not written by flute, or edited since; keep it, or replace it with --force")
+    name = described.folder.resolve().name
+    return put(path, text(described, name, base=base, quality=quality, replaced=content(path)).encode())
+
+
+def put(path: Path, made: bytes) -> Path:
+    """Write the file, whole or not at all."""
     with whole_file(path) as file:
-        file.write(made.encode())
+        file.write(made)
     return path
 
 
-def card(report: Report, *, base: str | None = None, quality: Sequence[Mapping[str, Any]] = ()) -> str:
-    """The text: metadata for the hub, then what people read."""
-    base = base if base and folders.is_hub_id(base) else None
-    config = read_json(inside(report.folder, CONFIG))
-    causal = any(str(name).endswith("ForCausalLM") for name in config.get("architectures") or ())
-    relation: dict[str, Any] = {"base_model_relation": "quantized"} if base else {}
-    data = ModelCardData(
-        base_model=base,
-        library_name="transformers",
-        pipeline_tag="text-generation" if causal else None,
-        tags=tags(report.record.spec),
-        **relation,
-    )
-    name = report.folder.resolve().name
-    parts = [
-        f"# {name}\n\n{_MARK}\n",
-        _what(report, base),
-        _quality(quality) if quality else "",
-        "## How to run it\n",
-        _RUN.format(name=name),
-    ]
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(part for part in parts if part)))
+def content(path: Path) -> str:
+    """What the file holds, line ends as "\\n"; empty if it is not there."""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
-def _what(report: Report, base: str | None) -> str:
-    of = f"[{base}](https://huggingface.co/{base})" if base else "A language model"
-    specs = Counter(layer.spec for layer in report.layers)
-    rows = [
-        f"| {count} | {spec.bits} | {'row' if spec.group_size < 0 else spec.group_size} | {spec.table} "
-        f"| {spec.vector_size} | {spec.hadamard_size or 'none'} |"
-        for spec, count in specs.most_common()
-    ]
-    return "\n".join(
-        [
-            f"{of} with the weights of its linear layers stored as codes, a lookup table and scales "
-            f"(`W ~ table[codes] * scale`): {report.bits_per_weight:.3f} bits per quantized weight, scales and tables "
-            f"included, {report.nbytes / 1e6:,.1f} MB in all.\n",
-            "| layers | bits | weights per scale | table | weights per code | rotated in blocks of |",
-            "|---|---|---|---|---|---|",
-            *rows,
-            "",
-        ]
-    )
+def metadata(found: str) -> dict[str, Any]:
+    """What a card tells the hub; nothing if it has no such part, or a damaged one."""
+    try:
+        return dict(ModelCard(found, ignore_metadata_errors=True).data.to_dict()) if found.startswith("---") else {}
+    except (ValueError, YAMLError):
+        return {}
 
 
-def _quality(measured: Sequence[Mapping[str, Any]]) -> str:
+def is_ours(path: Path) -> bool:
+    """Whether nothing of anybody's is lost by writing ``path``: it is not there, or as flute wrote it."""
+    found = content(path)
+    mark = _MARK.search(found)
+    if mark is None:
+        return not path.exists()
+    body = REGEX_YAML_BLOCK.sub("", found, count=1)
+    return _digest(_MARK.sub("", body)) == mark[1]
+
+
+def text(
+    described: Described,
+    name: str,
+    *,
+    base: str | None = None,
+    quality: Sequence[Mapping[str, Any]] = (),
+    replaced: str = "",
+) -> str:
+    """The whole text: metadata for the hub, then what people read.
+
+    Args:
+        name: of the checkpoint, in its title and in what to type. For the rest see `write`.
+        replaced: the card that this one takes the place of; what its metadata say besides is kept.
+    """
+    kept = metadata(replaced)
+    base = base if base and folders.is_hub_id(base) else kept.get("base_model")
+    kept |= {"library_name": "transformers", "tags": list(dict.fromkeys([*kept.get("tags", ()), *described.tags]))}
+    if described.causal:
+        kept["pipeline_tag"] = "text-generation"
+    if base:
+        kept |= {"base_model": base, "base_model_relation": "quantized"}
+    of = f"[{base}](https://huggingface.co/{base})" if isinstance(base, str) else "A language model"
+    shell = "\n".join(_SHELL.get(described.method, ()))
+    run = _PYTHON + (f"\n```sh\n{shell}\n```\n" if shell else "")
+    parts = [f"{of} {described.text}\n", quality_table(quality), f"## How to run it\n\n{run.format(name=name)}"]
+    body = "\n".join(part for part in parts if part)
+    title = f"\n# {name}\n\n"
+    mark = f"<!-- written by flute, {_digest(title + body)}: once edited it is yours, and stays as it is -->\n"
+    return f"---\n{ModelCardData(**kept).to_yaml()}\n---\n{title}{mark}{body}"
+
+
+def _digest(body: str) -> str:
+    return hashlib.sha256("".join(body.split()).encode()).hexdigest()[:16]
+
+
+def quality_table(measured: Sequence[Mapping[str, Any]]) -> str:
+    """The part about quality; empty if nothing was measured.
+
+    Raises:
+        CheckpointError: that is not what ``flute eval --json`` prints.
+    """
     rows = []
     for found in measured:
         try:
@@ -126,4 +153,4 @@ def _quality(measured: Sequence[Mapping[str, Any]]) -> str:
                 "and dtype"
             ) from None
     head = "| text | perplexity | windows x tokens | computed in |\n|---|---|---|---|"
-    return "\n".join(["## Quality\n", head, *rows, ""])
+    return "\n".join(["## Quality\n", head, *rows, ""]) if rows else ""

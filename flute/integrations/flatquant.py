@@ -108,6 +108,7 @@ class FlatQuantHfQuantizer(HfQuantizer):
         for layer in model.modules():
             if isinstance(layer, (FlatAttention, FlatMLP)):
                 layer.join()
+        _attach(model, self.quantization_config.spec, dense=False)
         return model
 
 
@@ -144,6 +145,14 @@ def mark_flat(model: Any, spec: FlatSpec) -> None:
     model.hf_quantizer = FlatQuantHfQuantizer(config)
     model.config.quantization_config = config
     model.quantization_method = config.quant_method
+    _attach(model, spec, dense=True)
+
+
+def _attach(model: Any, spec: FlatSpec, *, dense: bool) -> None:
+    """Saving and pushing write a card."""
+    from . import described, saving
+
+    saving.attach(model, described.tags(QUANT_METHOD, spec.w_bits), dense=dense)
 
 
 def register() -> None:

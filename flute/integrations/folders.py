@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from ..checkpoint.architecture import Architecture, tensor_names
@@ -232,8 +233,9 @@ def dense_folder(found: Found, beside: Path) -> Iterator[Path]:
         try:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-        except OSError as error:
-            raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}; make room") from error
+        except (OSError, SafetensorError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise CheckpointError(f"{folder} cannot be written: {why}; make room") from error
         del model, tokenizer
         yield Path(folder)
 

@@ -87,15 +87,20 @@ class FluteHiggsQuantizer(HiggsHfQuantizer):
         return _quantizing_step(self.quantization_config)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        from . import described, saving
+
         super()._process_model_after_weight_loading(model, **kwargs)
         for _, layer in _layers(model):
             if layer.bias is not None and "bias" not in type(layer).forward.__code__.co_names:
                 layer.register_forward_hook(_add_bias)
+        tags = described.tags(described.HIGGS, self.quantization_config.bits)
+        saving.attach(model, tags, dense=not self.pre_quantized)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         """``model.dequantize()``: every HiggsLinear becomes the dense layer that it stands for."""
         if isinstance(dtype, str):  # as config.json has it
             dtype = getattr(torch, dtype)
+        from . import described, saving
         from .gemm import reconstruct
 
         for name, layer in list(_layers(model)):
@@ -110,4 +115,5 @@ class FluteHiggsQuantizer(HiggsHfQuantizer):
             hook = release_hook(name, layer)
             model.set_submodule(name, dense)
             attach_hook(dense, hook)
+        saving.detach(model, described.tags(described.HIGGS, self.quantization_config.bits))
         return model

@@ -254,7 +254,7 @@ class FluteHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from ..experts import LutExperts
         from ..linear import LutLinear
-        from . import card, fusion, loading, mixtures
+        from . import fusion, loading, mixtures
 
         if self._failures:
             raise self._failures[0]
@@ -272,7 +272,7 @@ class FluteHfQuantizer(HfQuantizer):
             model._weight_conversions += mixtures.scale_converters(model._weight_conversions)
         if self.quantization_config.fuse:
             fusion.fuse(model)
-        model.add_model_tags(card.tags(self.quantization_config.record.spec))
+        _attach(model, self.quantization_config, dense=not self.pre_quantized)
         return model
 
     def _quantize_tied_head(self, model: Any, name: str) -> None:
@@ -298,6 +298,7 @@ class FluteHfQuantizer(HfQuantizer):
         """``model.dequantize()``: every LutLinear and LutExperts becomes the dense module it stands for."""
         from ..experts import LutExperts
         from ..linear import LutLinear
+        from . import described, saving
         from .hooks import attach_hook, release_hook
         from .loading import dense_linear
         from .mixtures import dense_experts
@@ -309,7 +310,15 @@ class FluteHfQuantizer(HfQuantizer):
             dense = dense_linear(layer, kind) if isinstance(layer, LutLinear) else dense_experts(layer, kind)
             model.set_submodule(name, dense)
             attach_hook(dense, hook)
+        saving.detach(model, described.tags(QUANT_METHOD, self.quantization_config.spec.bits))
         return model
+
+
+def _attach(model: Any, config: FluteConfig, *, dense: bool) -> None:
+    """Saving and pushing write a card (imported late, like all that is heavy)."""
+    from . import described, saving
+
+    saving.attach(model, described.tags(QUANT_METHOD, config.spec.bits), dense=dense)
 
 
 def mark_quantized(model: Any, record: ModelSpec) -> None:
@@ -322,6 +331,7 @@ def mark_quantized(model: Any, record: ModelSpec) -> None:
     model.hf_quantizer = FluteHfQuantizer(config)
     model.config.quantization_config = config
     model.quantization_method = config.quant_method
+    _attach(model, config, dense=True)
 
 
 def register() -> None:

@@ -1,18 +1,23 @@
 """PEFT: adapters train on a quantized model as they are; merging them into it needs a word from us.
 
+PEFT's own ``prepare_model_for_kbit_training`` makes everything float32, which GPU kernels take under autocast only, and
+leaves gradient checkpointing off, since it does not know us. `prepare_model_for_kbit_training` here is what it is for.
+
 A stock ``LoraConfig`` accepts `LutLinear` because it is an nn.Linear, and ``merge_and_unload()`` would then add floats
 to packed codes, which torch refuses. Two ways to merge, both by decode, add, quantize again in the same spec:
 
     merge_and_unload(peft_model)                     any LoRA model on top of LutLinears, however it was made
     get_peft_model(model, mergeable(LoraConfig()))   PEFT's own peft_model.merge_and_unload() works
 
-Quantizing again rounds: the merged model is near the adapted one, not equal to it.
+Quantizing again rounds: the merged model is near the adapted one, not equal to it. rsLoRA is LoRA with another factor
+and goes alike. DoRA, PiSSA, OLoRA and other adapter types than LoRA that need the dense weight do not run on codes;
+``model.dequantize()`` has dense weights for them. Never merge (IA)^3: PEFT would scale the codes.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +45,46 @@ class LutLoraLinear(LoraLinear):
     def unmerge(self) -> None:
         """Raises IntegrationError: what rounding took away does not come back."""
         raise IntegrationError("a quantized layer cannot be unmerged; load the checkpoint and the adapter again")
+
+    def resolve_lora_variant(self, **kwargs: Any) -> None:
+        """Plain LoRA alone.
+
+        Raises:
+            IntegrationError: DoRA and the like.
+        """
+        variant = super().resolve_lora_variant(**kwargs)
+        if variant is not None:
+            raise IntegrationError(
+                f"{type(variant).__name__} needs the dense weight in every step; use plain LoRA or rsLoRA on quantized "
+                "layers, or train on model.dequantize()"
+            )
+
+
+def prepare_model_for_kbit_training(
+    model: Any,
+    use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+) -> Any:
+    """PEFT's function of this name, for our layers: freeze the model, and recompute activations in the backward pass.
+
+    Nothing changes its dtype: adapters are float32 by themselves, and norms compute in float32 inside.
+
+    Args:
+        model: quantized, of transformers.
+        use_gradient_checkpointing: recompute activations.
+        gradient_checkpointing_kwargs: of torch's checkpoint; default ``{"use_reentrant": False}``.
+
+    Returns:
+        The same model.
+    """
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    if use_gradient_checkpointing:
+        settings = dict(gradient_checkpointing_kwargs or {"use_reentrant": False})
+        if settings.get("use_reentrant", True):  # that kind has a gradient only where an input has one
+            model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+    return model
 
 
 def mergeable(config: LoraConfig) -> LoraConfig:

@@ -145,6 +145,11 @@ def _dense_path(
     return F.linear(x, dense, bias)
 
 
+def _shaped(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """(M, N) as (..., N), but no view: autograd lets nobody write in place into views that an operator returns."""
+    return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
+
+
 def _lut_linear_cpu(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -164,7 +169,7 @@ def _lut_linear_cpu(
         y = cpu.lut_linear(flat, weight, scales, table, bias, bits=bits, group_size=group, vector_size=table.dim())
     else:
         y = _dense_path(flat, weight, scales, table, bias, out_features, bits, group_size)
-    return y.view(*x.shape[:-1], out_features)
+    return _shaped(y, x)
 
 
 def _lut_linear_cuda(
@@ -193,7 +198,7 @@ def _lut_linear_cuda(
             return y
     flat = x.reshape(-1, k).contiguous()  # torch's matmul may round otherwise for other strides
     y = _dense_path(flat, weight, scales, table, bias, out_features, bits, group_size)
-    return y.view(*x.shape[:-1], out_features)
+    return _shaped(y, x)
 
 
 def _lut_linear_fake(

@@ -20,7 +20,7 @@ from ..checkpoint.shards import open_shard
 from ..errors import CheckpointError
 from ..flatquant.matrices import Matrices
 from ..flatquant.spec import FlatSpec
-from ..integrations import folders
+from ..integrations import folders, saving
 from ..integrations.flatquant import mark_flat
 from .calibration import token_windows
 from .flat_gptq import Feedback
@@ -67,7 +67,10 @@ def learn(
             made = [each.adapted(learned_for, job.spec) for each in made]
         return made, FlatReport()
     if windows is None:
-        raise CheckpointError("FlatQuant learns from text; give --calibration FILE, or matrices with --matrix_path")
+        raise CheckpointError(
+            "FlatQuant learns from text; give --calibration FILE, or --matrices FILE of an earlier run "
+            "(the published flags: --cali_dataset, --matrix_path)"
+        )
     return calibrate(
         model, job.spec, windows, job.start, job.schedule, batch=job.batch, device=device, state=state, on_step=on_step
     )
@@ -119,6 +122,7 @@ def flatquant_folder(
         _cast(model, stored)
         quantize(model, job, made, windows, device=device)
         mark_flat(model, job.spec)
+        saving.describe(model, name=work.out.name)
         model.save_pretrained(work.folder)
         copy_files(source, small_files(source), work.folder)
     return report

@@ -16,7 +16,7 @@ import torch
 from ..checkpoint.atomic import Workplace, check_space, copy_files
 from ..checkpoint.plan import Plan
 from ..config import ModelSpec
-from ..integrations import folders
+from ..integrations import folders, saving
 from .allocation import Allocation, allocate
 from .calibration import check_windows, token_windows
 from .learn import Learning, OnStep
@@ -118,6 +118,7 @@ def quantize_folder(
         )
         if len(windows) < samples:
             report.notes.append(f"the text holds {len(windows)} windows of {window} tokens, {samples} were asked for")
+        saving.describe(model, name=work.out.name)
         model.save_pretrained(work.folder)
         copy_files(plan.source, plan.small_files, work.folder)
     return report

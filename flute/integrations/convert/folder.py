@@ -22,6 +22,7 @@ from ...checkpoint.files import CONFIG, read_json, refuse
 from ...checkpoint.plan import Plan, made_config, small_files
 from ...checkpoint.shards import info, read_header, write_shard
 from ...checkpoint.streaming import write_small_files
+from ...checkpoint.validate import Report
 from ...config import ModelSpec
 from ...errors import CheckpointError
 from ...packing import pack_codes
@@ -89,10 +90,11 @@ class Refused(CheckpointError):
 
 
 class Conversion(NamedTuple):
-    """What was made: its layers, and the dtype that the model is loaded in by default."""
+    """What was made: its layers, the dtype that the model is loaded in by default, and what the new folder holds."""
 
     layers: tuple[Converted, ...]
     dtype: torch.dtype
+    report: Report
 
 
 def convert(
@@ -132,8 +134,8 @@ def convert(
         for file in plan.files:
             _write(source, plan, work.folder / file, by_name, progress)
         write_small_files(plan, work.folder)
-        folders.validate(work.folder)
-    return Conversion(layers, plan.scale_dtype)
+        report = folders.validate(work.folder)
+    return Conversion(layers, plan.scale_dtype, replace(report, folder=out))
 
 
 def _check_names(source: Source, model: Architecture) -> None:

@@ -17,7 +17,7 @@ from ...errors import IntegrationError
 from ...experts import LutExperts
 from ...spec import CUSTOM_TABLE, QuantSpec
 from ...tables import named_table
-from .parameters import Part, blank, check_came
+from .parameters import Part, blank, check_came, pair
 from .slicing import share
 
 _STEMS = {"gate_up": "w13", "down": "w2"}  # our roles and vLLM's names
@@ -98,12 +98,10 @@ class LutExpertsMethod(FusedMoEMethodBase):
             spec = self.specs[role]
             own = share(f"{self.name}.{role}_proj", spec, width, *place)
             self.local[role] = own.spec
-            row_bytes = own.spec.row_bytes(own.in_features)
             count = 2 if role == "gate_up" else 1
-            codes = [Part(rows, row_bytes, spec.row_bytes(width), own.take_codes)] * count
-            scales = [Part(rows, len(own.groups), spec.num_groups(width), own.take_scales)] * count
-            for end, parts, dtype in (("weight", codes, torch.uint8), ("scales", scales, params_dtype)):
-                parameter = StackParameter(num_experts, parts, dtype)
+            codes, scales = pair(rows, spec, width, own)
+            for end, part, dtype in (("weight", codes, torch.uint8), ("scales", scales, params_dtype)):
+                parameter = StackParameter(num_experts, [part] * count, dtype)
                 parameter.weight_loader = self._load
                 layer.register_parameter(f"{_STEMS[role]}_{end}", parameter)
         self.sizes = num_experts, hidden_size, inner

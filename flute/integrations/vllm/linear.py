@@ -22,7 +22,7 @@ from ...linear import LutLinear
 from ...spec import CUSTOM_TABLE, QuantSpec
 from ...tables import named_table
 from ...zero_points import ZeroPointLinear, lut_linear
-from .parameters import Part, PartsParameter, TablesParameter, check_came
+from .parameters import Part, PartsParameter, TablesParameter, check_came, pair
 from .slicing import runs, share
 
 
@@ -59,11 +59,8 @@ class LutLinearMethod(LinearMethodBase):
         rank = layer.tp_rank if ranks > 1 else 0
         specs = self._spread(len(output_partition_sizes))
         shares = [share(self.name, spec, input_size, rank, ranks) for spec in specs]
-        codes, scales = [], []
-        for rows, spec, own in zip(output_partition_sizes, specs, shares, strict=True):
-            row_bytes, groups = own.spec.row_bytes(own.in_features), len(own.groups)
-            codes.append(Part(rows, row_bytes, spec.row_bytes(input_size), own.take_codes))
-            scales.append(Part(rows, groups, spec.num_groups(input_size), own.take_scales))
+        cut = zip(output_partition_sizes, specs, shares, strict=True)
+        codes, scales = zip(*(pair(rows, spec, input_size, own) for rows, spec, own in cut), strict=True)
         layer.weight = PartsParameter(codes, torch.uint8, weight_loader=weight_loader, name=self.name)
         layer.scales = PartsParameter(scales, params_dtype, weight_loader=weight_loader, name=self.name)
         shapes = [spec.table_shape if spec.table == CUSTOM_TABLE else None for spec in specs]

@@ -16,6 +16,8 @@ from torch import nn
 from vllm.model_executor.parameter import BasevLLMParameter
 
 from ...errors import CheckpointError
+from ...spec import QuantSpec
+from .slicing import Share
 
 ShardId = int | str | tuple[int, ...] | None
 _PLACES = {"q": 0, "k": 1, "v": 2}
@@ -52,6 +54,13 @@ class Part(NamedTuple):
                 f"columns and at least {start + self.rows} rows"
             )
         target.copy_(self.take(loaded.narrow(0, start, self.rows)))
+
+
+def pair(rows: int, spec: QuantSpec, in_features: int, own: Share) -> tuple[Part, Part]:
+    """Codes and scales of a layer of ``rows`` rows, stored as ``spec`` with K = ``in_features``, cut to ``own``."""
+    here = own.spec.row_bytes(own.in_features), len(own.groups)
+    whole = spec.row_bytes(in_features), spec.num_groups(in_features)
+    return Part(rows, here[0], whole[0], own.take_codes), Part(rows, here[1], whole[1], own.take_scales)
 
 
 class PartsParameter(BasevLLMParameter):
