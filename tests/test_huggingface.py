@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from tiny_models import build, dense_linears, equal_states, load, prompt, saved
 from torch import nn
@@ -307,7 +306,7 @@ def test_config_and_tensors_that_disagree(record: dict[str, Any], tampered: Call
 def test_another_transformers_is_refused(
     version: str, dense: str, quantized: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setattr("transformers.__version__", version)  # in sys.modules, which may hold a later copy
     said = rf"this is transformers {version}; flute [\w.+]+ loads models with transformers 5\.8 or later; run: pip"
     for folder, options in ((quantized, {}), (dense, {"quantization_config": FluteConfig()})):
         with pytest.raises(IntegrationError, match=said):
@@ -316,7 +315,7 @@ def test_another_transformers_is_refused(
 
 @pytest.mark.parametrize("version", ["5.8.0", "5.9.0.dev0", "6.1"])
 def test_later_ones_are_not(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setattr("transformers.__version__", version)
     versions.check_transformers()
 
 

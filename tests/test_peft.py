@@ -7,8 +7,9 @@ import pytest
 import torch
 from tiny_models import load, prompt, saved
 
-from flute import FluteConfig, LutLinear
+from flute import FluteConfig, LutLinear, QuantSpec
 from flute.errors import IntegrationError
+from flute.zero_points import lut_linear
 
 peft = pytest.importorskip("peft")
 torch.set_num_threads(2)
@@ -152,3 +153,16 @@ def test_what_cannot_be_merged_is_refused(folder: Path) -> None:
     layer = adapted(folder, mergeable=True).base_model.model.model.layers[0].mlp.up_proj
     with pytest.raises(IntegrationError, match="cannot be unmerged"):
         layer.unmerge()
+
+
+@pytest.mark.filterwarnings("ignore:merging quantizes")
+@pytest.mark.parametrize("own_class", [False, True])
+def test_layers_with_zero_points_take_no_adapters(own_class: bool, folder: Path) -> None:
+    from flute.integrations.peft import merge_and_unload
+
+    model = adapted(folder, mergeable=own_class)
+    lora = model.base_model.model.model.layers[0].self_attn.q_proj
+    spec = QuantSpec(4, 32, "int4", zero_points=True)
+    lora.base_layer = lut_linear(lora.base_layer.in_features, lora.base_layer.out_features, spec)
+    with pytest.raises(IntegrationError, match=r"has zero points.*keep the adapter apart"):
+        model.merge_and_unload() if own_class else merge_and_unload(model)

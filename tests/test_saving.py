@@ -108,6 +108,32 @@ def test_pushing_uploads_the_card(dense: str, monkeypatch: pytest.MonkeyPatch) -
     assert "More Information Needed" not in found.text
 
 
+def test_bits_are_those_of_most_weights(dense: str, tmp_path: Path) -> None:
+    # the spec that nothing uses has 4
+    quantized(dense, overrides={"*_proj": {"bits": 3}}).save_pretrained(tmp_path)
+    assert "3-bit" in described.of_folder(tmp_path).tags
+    assert ModelCard.load(tmp_path / "README.md").data.tags == ["flute", "3-bit", "quantized"]
+
+
+def test_a_card_of_another_model_leaves_no_bits_behind(dense: str, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    quantized(dense).save_pretrained(tmp_path)
+    readme.write_text(readme.read_text().replace("tags:", "tags:\n- mine"))
+    quantized(dense, bits=3, table="nf3").save_pretrained(tmp_path)
+    assert ModelCard.load(readme).data.tags == ["mine", "flute", "quantized", "3-bit"]
+
+
+@pytest.mark.parametrize("metadata", ["foo: [1", "- a", "1: a", "model-index: 3"])
+def test_metadata_that_cannot_be_kept_stay(metadata: str, dense: str, tmp_path: Path) -> None:
+    model, readme = quantized(dense), tmp_path / "README.md"
+    model.save_pretrained(tmp_path)
+    ours = readme.read_text().replace("---\n", f"---\n{metadata}\n", 1)
+    for owners in (f"---\n{metadata}\n---\nNot automatically generated.\n", ours):
+        readme.write_text(owners)
+        model.save_pretrained(tmp_path)
+        assert readme.read_text() == owners
+
+
 def test_what_the_hub_has_is_replaced_if_it_is_ours(dense: str, monkeypatch: pytest.MonkeyPatch) -> None:
     hub, model = Hub(monkeypatch), quantized(dense)
     model.push_to_hub(REPO)

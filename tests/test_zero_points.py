@@ -16,7 +16,7 @@ from flute import LutLinear, QuantSpec, quantize
 from flute.errors import CheckpointError, SpecError
 from flute.evaluate import sqnr
 from flute.experts import LutExperts
-from flute.integrations import folders, fusion
+from flute.integrations import card, described, folders, fusion
 from flute.packing import pack_codes
 from flute.zero_points import ZeroPointLinear, lut_linear
 
@@ -147,10 +147,16 @@ def test_a_checkpoint(awq: tuple[Path, Weights], tmp_path: Path) -> None:
     report = folders.validate(folder)
     assert {layer.bits_per_weight for layer in report.layers} == {4.5}
     model = load(folder)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert not [name for name in trained if isinstance(model.get_submodule(name.rpartition(".")[0]), LutLinear)]
+    model.save_pretrained(tmp_path / "again")
+    written = (tmp_path / "again" / "README.md").read_text()
+    assert written == card.text(described.of_folder(folder), "again")  # memory and files say the same
+    assert "(table[codes] - zero) * scale`): 4.500 bits" in written and "| int4 and zero points |" in written
     dense = load(folder).dequantize()
     dense.save_pretrained(tmp_path / "dense")
     assert all(torch.equal(dense.get_submodule(name).weight, weight) for name, weight in weights.items())
-    assert all(value > 60 for value in sqnr.distances(folder, tmp_path / "dense").sqnr.values())
+    assert all(value > 60 for value in sqnr.distances(report, tmp_path / "dense").sqnr.values())
     here = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0")
     offload = {**dict.fromkeys(here, "cpu"), "model.layers.1": "disk"}
     moved = load(folder, device_map=offload, offload_folder=tmp_path / "offload")

@@ -24,10 +24,11 @@ from ..config import QUANT_METHOD
 from ..errors import CheckpointError
 from ..flatquant.spec import QUANT_METHOD as FLATQUANT
 from . import folders
-from .described import Described
+from .described import HIGGS, Described
 
 FILE = "README.md"
 _MARK = re.compile(r"<!-- written by flute, ([0-9a-f]{16}): [^\n]*-->\n")
+_OUR_TAGS = re.compile(rf"\d+-bit|{FLATQUANT}|{HIGGS}")  # of the checkpoint that the card was of before
 _PYTHON = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer  # after: pip install flute-engine
@@ -84,19 +85,26 @@ def content(path: Path) -> str:
 def metadata(found: str) -> dict[str, Any]:
     """What a card tells the hub; nothing if it has no such part, or a damaged one."""
     try:
-        return dict(ModelCard(found, ignore_metadata_errors=True).data.to_dict()) if found.startswith("---") else {}
-    except (ValueError, YAMLError):
+        return dict(ModelCard(found).data.to_dict()) if found.startswith("---") else {}
+    except (ValueError, TypeError, YAMLError):
         return {}
 
 
+def without_metadata(found: str) -> str:
+    """A card without what it tells the hub."""
+    return REGEX_YAML_BLOCK.sub("", found, count=1)
+
+
 def is_ours(path: Path) -> bool:
-    """Whether nothing of anybody's is lost by writing ``path``: it is not there, or as flute wrote it."""
+    """Whether nothing of anybody's is lost by writing ``path``: it is not there, or as flute wrote it.
+
+    Metadata may have changed, since they are kept; where they cannot be read, they would be lost.
+    """
     found = content(path)
     mark = _MARK.search(found)
     if mark is None:
         return not path.exists()
-    body = REGEX_YAML_BLOCK.sub("", found, count=1)
-    return _digest(_MARK.sub("", body)) == mark[1]
+    return _digest(_MARK.sub("", without_metadata(found))) == mark[1] and bool(metadata(found))
 
 
 def text(
@@ -115,7 +123,8 @@ def text(
     """
     kept = metadata(replaced)
     base = base if base and folders.is_hub_id(base) else kept.get("base_model")
-    kept |= {"library_name": "transformers", "tags": list(dict.fromkeys([*kept.get("tags", ()), *described.tags]))}
+    told = [tag for tag in kept.get("tags", ()) if tag in described.tags or not _OUR_TAGS.fullmatch(tag)]
+    kept |= {"library_name": "transformers", "tags": list(dict.fromkeys([*told, *described.tags]))}
     if described.causal:
         kept["pipeline_tag"] = "text-generation"
     if base:

@@ -53,7 +53,7 @@ class Described:
 
 @dataclass(frozen=True)
 class _Layer:
-    """A quantized layer: spec, number of weights, bytes of codes, scales and a table of its own."""
+    """A quantized layer: spec, number of weights, bytes of codes, scales, zero points and a table of its own."""
 
     spec: QuantSpec
     weights: int
@@ -105,25 +105,34 @@ def _layers(model: Any) -> Iterable[_Layer]:
 def _layer(spec: QuantSpec, stacked: int, shape: tuple[int, int], element: int) -> _Layer:
     rows, width = stacked * shape[0], shape[1]
     table = element * math.prod(spec.table_shape) if spec.table == CUSTOM_TABLE else 0
-    return _Layer(spec, rows * width, rows * (spec.row_bytes(width) + element * spec.num_groups(width)) + table)
+    of_groups = element * spec.num_groups(width) * (1 + spec.zero_points)
+    return _Layer(spec, rows * width, rows * (spec.row_bytes(width) + of_groups) + table)
 
 
 def _by_layers(folder: Path, bits: int, layers: list[_Layer]) -> Described:
-    per_weight = 8 * sum(layer.nbytes for layer in layers) / max(1, sum(layer.weights for layer in layers))
+    """``bits``: of the spec that layers have unless an override names them."""
+    weights = Counter({bits: 0})
+    for layer in layers:
+        weights[layer.spec.bits] += layer.weights
+    per_weight = 8 * sum(layer.nbytes for layer in layers) / max(1, weights.total())
+    formula, included = "table[codes] * scale", "scales and tables"
+    if any(layer.spec.zero_points for layer in layers):
+        formula, included = "(table[codes] - zero) * scale", "scales, zero points and tables"
     rows = [
-        f"| {count} | {spec.bits} | {'row' if spec.group_size < 0 else spec.group_size} | {spec.table} "
-        f"| {spec.vector_size} | {spec.hadamard_size or 'none'} |"
+        f"| {count} | {spec.bits} | {'row' if spec.group_size < 0 else spec.group_size} "
+        f"| {spec.table}{' and zero points' if spec.zero_points else ''} | {spec.vector_size} "
+        f"| {spec.hadamard_size or 'none'} |"
         for spec, count in Counter(layer.spec for layer in layers).most_common()
     ]
     lines = [
         "with the weights of its linear layers stored as codes, a lookup table and scales "
-        f"(`W ~ table[codes] * scale`): {per_weight:.3f} bits per quantized weight, scales and tables included, "
+        f"(`W ~ {formula}`): {per_weight:.3f} bits per quantized weight, {included} included, "
         f"{_megabytes(folder)} in all.\n",
         "| layers | bits | weights per scale | table | weights per code | rotated in blocks of |",
         "|---|---|---|---|---|---|",
         *rows,
     ]
-    return Described(folder, QUANT_METHOD, bits, "\n".join(lines), _causal(folder))
+    return Described(folder, QUANT_METHOD, weights.most_common(1)[0][0], "\n".join(lines), _causal(folder))
 
 
 def _by_config(folder: Path, method: str) -> Described:

@@ -226,13 +226,14 @@ def finish_layer(name: str, layer: LutLinear) -> None:
     """The last touches: the named table (which no file holds), no gradients, sane scales, kernel order on a GPU.
 
     Raises:
-        CheckpointError: the layer got no weight, or scales or table are not finite.
+        CheckpointError: the layer got no weight, or scales, table or zero points are not finite.
         IntegrationError: tensor parallelism cuts through a group.
     """
     if layer.scales is None:
         raise CheckpointError(f"layer {name!r}: the checkpoint has no tensor {name + '.weight'!r}")
-    layer.weight.requires_grad_(False)
-    layer.scales.requires_grad_(False)
+    zeros = ("zeros",) if layer.spec.zero_points else ()
+    for part in ("weight", "scales", *zeros):
+        getattr(layer, part).requires_grad_(False)
     if layer.spec.table != CUSTOM_TABLE and not layer.table.is_meta:
         layer.table = named_table(layer.spec.table).to(device=layer.table.device, dtype=layer.scales.dtype)
     if layer.weight.is_meta:  # an offloaded layer comes to the device in the checkpoint's order, call by call
@@ -240,7 +241,7 @@ def finish_layer(name: str, layer: LutLinear) -> None:
     row_bytes = 0 if layer.in_kernel_order else local(layer.weight).shape[1]
     if is_cut(layer.weight) and row_bytes != layer.spec.row_bytes(layer.in_features):
         check_columns(name, layer.spec, layer.in_features, row_bytes * 8 // layer.spec.bits)
-    for part in ("scales", "table", *(["zeros"] if layer.spec.zero_points else [])):
+    for part in ("scales", "table", *zeros):
         if not bool(torch.isfinite(local(getattr(layer, part))).all()):
             raise CheckpointError(f"layer {name!r}: {part} hold NaN or Inf in {layer.scales.dtype}")
     layer.arrange()

@@ -101,7 +101,8 @@ def merge_and_unload(peft_model: Any, adapter_names: Sequence[str] | None = None
         adapter_names: which adapters; default the active ones.
 
     Raises:
-        IntegrationError: a variant of LoRA (DoRA, a bias of its own) that is no plain product A B.
+        IntegrationError: a variant of LoRA (DoRA, a bias of its own) that is no plain product A B; a layer with zero
+            points.
     """
     warnings.warn("merging quantizes the layers again, which rounds; measure the merged model", stacklevel=2)
     for name, layer in peft_model.named_modules():
@@ -118,6 +119,11 @@ def merge_and_unload(peft_model: Any, adapter_names: Sequence[str] | None = None
 @torch.no_grad()
 def _merge(name: str, lora: Any, adapters: Sequence[str]) -> None:
     base = lora.get_base_layer()
+    if base.spec.zero_points:
+        raise IntegrationError(
+            f"layer {name!r} has zero points of its first owner's, and nothing is quantized so here; keep the adapter "
+            "apart, or merge it into model.dequantize()"
+        )
     weight = base.dequantize().float()
     for adapter in adapters:
         if adapter not in lora.lora_A:
