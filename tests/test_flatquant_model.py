@@ -225,6 +225,15 @@ def test_a_checkpoint_loads_as_it_was_saved(name: str, tmp_path: Path) -> None:
     again = tiny_models.load(tmp_path, dtype=torch.bfloat16)  # scales and clips stay float32
     floats = {p.dtype for name, p in again.named_parameters() if "clip" in name or "weight_scale" in name}
     assert floats <= {torch.float32} and torch.isfinite(again(ids).logits).all()
+    assert tiny_models.equal_states(loaded.to(torch.bfloat16), again)  # and so they do when the model is cast
+
+
+def test_offloading_is_refused(tmp_path: Path) -> None:
+    saved_flat(tmp_path, FlatSpec())
+    for where in ({"model": 0, "lm_head": "cpu"}, {"model": "cpu", "lm_head": "disk"}):
+        with pytest.raises(IntegrationError, match="offloads"):
+            tiny_models.load(tmp_path, device_map=where)
+    assert tiny_models.load(tmp_path, device_map={"": "cpu"}).device.type == "cpu"
 
 
 def test_missing_and_wrong_tensors_are_refused(tmp_path: Path) -> None:
@@ -274,6 +283,8 @@ def test_matrices_serve_other_bits(tmp_path: Path) -> None:
     assert (eight - truth).norm() < (four - truth).norm()
     with pytest.raises(CalibrationError, match="blocks"):
         quantized(model, spec, adapted[:1])
+    with pytest.raises(CalibrationError, match="no mean keys"):
+        quantized(model, replace(spec, key_offset=True), adapted)
 
 
 # ---- command lines ---------------------------------------------------------------------------------------------------

@@ -52,6 +52,10 @@ def test_together_as_apart(bits: int, bias: bool) -> None:
         assert all(torch.equal(tensor, state[name]) for name, tensor in layer.state_dict().items())
 
 
+def test_no_tokens() -> None:
+    assert [tuple(y.shape) for y in products(layers((32, 16), 4), [activation(0)])] == [(0, 1, 32), (0, 1, 16)]
+
+
 def test_what_stays_apart() -> None:
     made, given = layers((20, 16), 4), activation(3)
     join(made, anywhere=True)  # 20 rows are no whole tiles

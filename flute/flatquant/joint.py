@@ -42,7 +42,7 @@ def joint_product(layers: Sequence[nn.Module], inputs: Sequence[Activation]) -> 
         return None
     weights, scales = [layer.weight for layer in integer], [layer.weight_scale for layer in integer]
     y = int_linears(given.codes, given.scale, weights, scales, biases, given.like.dtype)
-    return y.view(*given.like.shape[:-1], -1)
+    return y.view(*given.like.shape[:-1], y.shape[-1])
 
 
 def products(layers: Sequence[nn.Module], inputs: Sequence[Activation]) -> list[torch.Tensor]:

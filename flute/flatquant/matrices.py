@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..errors import CheckpointError
+from ..errors import CalibrationError, CheckpointError
 from .factors import Pair
 from .fold import SITE_OF, BlockShape, Tensors, fold, key_offset, online, parameter_of_clip
 from .rounding import Grid, clipped_rows, grid, grouped
@@ -82,7 +82,12 @@ class Matrices:
 
         Returns:
             Tensors to keep, by their names in a flattened block, and weights still to be rounded by layer; all float64.
+
+        Raises:
+            CalibrationError: a transform has no inverse, or ``spec`` subtracts mean keys and there are none.
         """
+        if spec.key_offset and "key" not in self.means:
+            raise CalibrationError("these matrices hold no mean keys; learn them with --key_offset, or leave it out")
         made = {name: Pair.of(matrix.to(dtype).double()) for name, matrix in self.factors.items()}
         wide = {name: tensor.double() for name, tensor in dense.items()}
         scales, apart = {name: scale.double() for name, scale in self.scales.items()}, spec.separate_vtrans

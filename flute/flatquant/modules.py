@@ -32,6 +32,7 @@ class Codes(NamedTuple):
 
 
 Activation = torch.Tensor | Codes
+FLOAT32 = ("weight_scale", "clip", "q_clip", "k_clip", "v_clip")  # parameters that stay so in a model of any dtype
 
 
 def fixed(*shape: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> nn.Parameter:
@@ -42,6 +43,19 @@ def fixed(*shape: int, device: torch.device | str | None = None, dtype: torch.dt
 def _identity(size: int, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Parameter | None:
     """A factor (size, size) that does nothing yet; size 0: none."""
     return nn.Parameter(torch.eye(size, device=device, dtype=dtype), requires_grad=False) if size else None
+
+
+class _KeepsFloat32(nn.Module):
+    """A cast of the whole model, such as ``model.half()``, leaves scales and clips float32, as kernels want them."""
+
+    def _apply(self, *arguments: Any, **keywords: Any) -> Any:
+        exact = {name: part.data for name, part in self._parameters.items() if name in FLOAT32 and part is not None}
+        super()._apply(*arguments, **keywords)
+        for name, values in exact.items():
+            part = self.get_parameter(name)
+            if part.dtype != values.dtype:
+                part.data = values.to(part.device)
+        return self
 
 
 class DeferredNorm(nn.Module):
@@ -60,7 +74,7 @@ class DeferredNorm(nn.Module):
         return x
 
 
-class Site(nn.Module):
+class Site(_KeepsFloat32):
     """x -> x (left (x) right), rounded token by token: what one or more layers get.
 
     Args:
@@ -133,7 +147,7 @@ class Site(nn.Module):
         return f"{sizes}, bits={self.bits}, real={self.real}"
 
 
-class Heads(nn.Module):
+class Heads(_KeepsFloat32):
     """Keys and values as the cache holds them: k P_h, v (transformed before), a grid per token and head; and q P_h^-T.
 
     q k^T = (q P_h^-T) (k P_h)^T, exactly. Scales are float16, as the cache stores them; those of queries float32.
@@ -215,7 +229,7 @@ class Heads(nn.Module):
         return f"bits={self.bits}, symmetric={self.symmetric}, q_bits={self.q_bits}"
 
 
-class IntLinear(nn.Module):
+class IntLinear(_KeepsFloat32):
     """y = x W^T + bias of codes and integer weights; W ~ (codes - weight_zero) * weight_scale.
 
     Of the activation's and the weight's codes c and q, with one kind of zeros at most,

@@ -24,7 +24,6 @@ from .versions import check_transformers
 
 _FLOATS = ("F16", "BF16", "F32")
 _INTEGERS = {torch.uint8: ("U8",), torch.int8: ("I8",), torch.int32: ("I32",)}
-_FLOAT32 = ("weight_scale", "clip", "q_clip", "k_clip", "v_clip")  # whatever the model's dtype
 
 
 class FlatQuantConfig(QuantizationConfigMixin):
@@ -78,8 +77,16 @@ class FlatQuantHfQuantizer(HfQuantizer):
         if not self.pre_quantized:
             raise IntegrationError("FlatQuant has to be calibrated: run flute flatquant MODEL -o OUT and load OUT")
         self.quantization_config.spec.check_storable()
+        device_map = kwargs.get("device_map")
+        devices = {str(each) for each in device_map.values()} if isinstance(device_map, dict) else set()
+        if "disk" in devices or ("cpu" in devices and len(devices) > 1):
+            raise IntegrationError(
+                "device_map offloads layers to 'cpu' or 'disk', and FlatQuant's blocks run where they lie; give "
+                "a device_map of GPUs that hold the model, or device_map='cpu'"
+            )
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from ..flatquant.modules import FLOAT32
         from .flatblocks import blocks_of, flatten
 
         for block in blocks_of(model)[1]:
@@ -88,7 +95,7 @@ class FlatQuantHfQuantizer(HfQuantizer):
             if not parameter.requires_grad:
                 parameter._is_hf_initialized = True  # needs no random numbers
         strict = set(model._keep_in_fp32_modules_strict or ())
-        model._keep_in_fp32_modules_strict = strict | set(_FLOAT32)
+        model._keep_in_fp32_modules_strict = strict | set(FLOAT32)
         files = kwargs.get("checkpoint_files") or ()
         if files:  # none when the caller passes a state dict
             check_files(model, files)
