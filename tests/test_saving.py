@@ -1,8 +1,10 @@
 """``save_pretrained`` and ``push_to_hub`` write the card, and nobody's own README.md is lost; the hub is a stand-in."""
 
 import copy
+import gc
 import pickle
 import re
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -194,12 +196,26 @@ def test_copies_pickles_and_dense_models(dense: str, tmp_path: Path) -> None:
     assert isinstance(layer, LutLinear) and not layer.scales.any()  # it saved itself, not the first
     assert (tmp_path / "twin" / "README.md").exists()
     pickle.loads(pickle.dumps(model)).save_pretrained(tmp_path / "pickled")
+    assert (tmp_path / "pickled" / "README.md").exists()
+    copy.copy(twin).save_pretrained(tmp_path / "shallow")
+    assert (tmp_path / "shallow" / "README.md").exists()
     model.dequantize().save_pretrained(tmp_path / "dequantized")
     assert not (tmp_path / "dequantized" / "README.md").exists() and model.model_tags == []
     with pytest.raises(IntegrationError, match="was not quantized by flute"):
         saving.describe(model, base="someone/dense")
     with pytest.raises(CheckpointError, match="not what flute eval --json prints"):
         saving.describe(quantized(dense), quality=[{"perplexity": "good"}])
+
+
+def test_a_deleted_model_is_free_at_once(dense: str) -> None:
+    model = quantized(dense)
+    held = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 def test_flatquant_has_a_card(tmp_path: Path) -> None:

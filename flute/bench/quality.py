@@ -13,7 +13,6 @@ of the dense model (`flute.bench.quality_peers`).
 from __future__ import annotations
 
 import copy
-import gc
 import json
 import subprocess
 import sys
@@ -134,7 +133,6 @@ class Bench:
         else:
             row = self._by_us(candidate)
         if self._of.device == "cuda":
-            gc.collect()  # models hold themselves (`flute.integrations.saving`)
             torch.cuda.empty_cache()
         return row
 

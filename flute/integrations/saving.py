@@ -1,17 +1,15 @@
 """``save_pretrained`` and ``push_to_hub`` of a quantized model write its card, too.
 
 transformers has no hook for that: saving writes no README.md, and pushing puts a template over whatever lies there. So
-two methods are bound to the model itself, and no class is touched: the one that saves, and the one through which every
-upload goes. Whose README.md it is decides what becomes of it (`card.is_ours`):
+two methods of its models are wrapped: the one that saves, and the one through which every upload goes. For models that
+`attach` has not marked they are what they were. (Methods bound to the one model would leave a cycle: after ``del
+model`` its memory would wait for the garbage collector.) Whose README.md it is decides what becomes of it:
 
     in the folder   nobody's or ours: written anew; somebody's own: left as it is, and uploaded if the hub has none
     on the hub      nobody's or ours: written anew; somebody's own: stays, gets tags as transformers does
 
 Nobody's is transformers' template, too, while nobody has filled it in. Figures of quality belong to the weights, which
 may have changed since they were measured: they are on the card if `describe` was told them for this model.
-
-The two methods hold the model that holds them, so after ``del model`` its memory is free once ``gc.collect()`` has run.
-In a model from a pickle they are its class's again: saving it writes no card.
 """
 
 from __future__ import annotations
@@ -21,7 +19,6 @@ from contextvars import ContextVar
 from functools import wraps
 from inspect import signature
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -47,14 +44,11 @@ def attach(model: Any, tags: Sequence[str], *, dense: bool = False) -> None:
     model.add_model_tags(list(tags))
     origin = str(getattr(model.config, "_name_or_path", ""))
     model.flute_card = {"base": origin if dense else _told_base(origin)}
-    model.save_pretrained = MethodType(_save, model)
-    model._upload_modified_files = MethodType(_upload_modified_files, model)
 
 
 def detach(model: Any, tags: Sequence[str]) -> None:
     """Undo `attach`: the model is dense now."""
-    for name in ("flute_card", "save_pretrained", "_upload_modified_files"):
-        model.__dict__.pop(name, None)
+    model.__dict__.pop("flute_card", None)
     model.model_tags = [tag for tag in model.model_tags or () if tag not in tags]
 
 
@@ -84,15 +78,21 @@ def _told_base(origin: str) -> str | None:
     return base if isinstance(base, str) else None
 
 
-@wraps(PreTrainedModel.save_pretrained)
+_SAVE = PreTrainedModel.save_pretrained
+_UPLOAD: Any = getattr(PreTrainedModel, "_upload_modified_files", None)
+
+
+@wraps(_SAVE)
 def _save(model: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-    given = signature(PreTrainedModel.save_pretrained).bind(model, save_directory, *args, **kwargs).arguments
+    if "flute_card" not in model.__dict__:
+        return _SAVE(model, save_directory, *args, **kwargs)
+    given = signature(_SAVE).bind(model, save_directory, *args, **kwargs).arguments
     writes = given.get("is_main_process", True) and _first_process()
     path = Path(save_directory) / card.FILE
     theirs = None if _replaceable(path) else path.read_bytes()
     token = _THEIRS.set(theirs)
     try:
-        type(model).save_pretrained(model, save_directory, *args, **kwargs)
+        _SAVE(model, save_directory, *args, **kwargs)
     finally:
         _THEIRS.reset(token)
         if writes and theirs is not None and path.read_bytes() != theirs:
@@ -106,9 +106,9 @@ def _save(model: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
 def _upload_modified_files(model: Any, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
     path = Path(working_dir) / card.FILE
     theirs = _THEIRS.get()
-    if _replaceable(path):  # what the hub has, or transformers' template
+    if "flute_card" in model.__dict__ and _replaceable(path):  # what the hub has, or transformers' template
         card.put(path, theirs) if theirs is not None else _write(model, path, repo_id)
-    return type(model)._upload_modified_files(model, working_dir, repo_id, *args, **kwargs)
+    return _UPLOAD(model, working_dir, repo_id, *args, **kwargs)
 
 
 def _first_process() -> bool:
@@ -136,3 +136,9 @@ def _is_template(content: str) -> bool:
     body = card.without_metadata(content).strip()
     line = body[len(before) : len(body) - len(after)]
     return body.startswith(before) and body.endswith(after) and "\n" not in line
+
+
+_MODELS: Any = PreTrainedModel
+_MODELS.save_pretrained = _save
+if _UPLOAD is not None:  # a private name: without it pushing adds tags only
+    _MODELS._upload_modified_files = _upload_modified_files
