@@ -302,6 +302,20 @@ def small_plan(small: Path, **changes: Any) -> Plan:
     return Plan(str(small), **values | changes)
 
 
+def stepped(made: Any, prompt: torch.Tensor) -> tuple[Any, torch.Tensor]:
+    """The decoder after six steps behind ``prompt`` (2, 5), and the last token of it and those that came (2, 7)."""
+    decoder.share_layer_step(made, compiled=False)
+    steps = decoder.Decoder(made, 2, 4, room=8)
+    decoder.set_length(steps.cache, 0)
+    made(prompt[:, :4], past_key_values=steps.cache, use_cache=True)
+    steps.tokens.copy_(prompt[:, 4:])
+    seen = [steps.tokens.clone()]
+    for _ in range(6):
+        steps.step()
+        seen.append(steps.tokens.clone())
+    return steps, torch.cat(seen, 1)
+
+
 @pytest.mark.parametrize("method", ["dense", "nf4"])
 def test_a_decode_step_is_the_models_own(small: Path, method: str) -> None:
     """The shared step writes the cache and computes what transformers does, token by token."""
@@ -310,16 +324,8 @@ def test_a_decode_step_is_the_models_own(small: Path, method: str) -> None:
     prompt = torch.randint(0, 50, (2, 5), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         expected = made.generate(prompt, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
-        decoder.share_layer_step(made, compiled=False)
-        steps = decoder.Decoder(made, 2, 4, room=8)
-        decoder.set_length(steps.cache, 0)
-        made(prompt[:, :4], past_key_values=steps.cache, use_cache=True)
-        steps.tokens.copy_(prompt[:, 4:])
-        seen = [steps.tokens.clone()]
-        for _ in range(6):
-            steps.step()
-            seen.append(steps.tokens.clone())
-    assert torch.equal(torch.cat(seen, 1), expected[:, 4:])
+        steps, seen = stepped(made, prompt)
+    assert torch.equal(seen, expected[:, 4:])
     assert [int(layer.cumulative_length) for layer in steps.cache.layers] == [10, 10]
     with torch.inference_mode():
         steps.rewind()
@@ -337,16 +343,8 @@ def test_a_flatquant_step_is_the_models_own(small: Path) -> None:
         prompt, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0,
         past_key_values=int4_cache(made, 16),
     )  # fmt: skip
-    decoder.share_layer_step(made, compiled=False)
-    steps = decoder.Decoder(made, 2, 4, room=8)
-    decoder.set_length(steps.cache, 0)
-    made(prompt[:, :4], past_key_values=steps.cache, use_cache=True)
-    steps.tokens.copy_(prompt[:, 4:])
-    seen = [steps.tokens.clone()]
-    for _ in range(6):
-        steps.step()
-        seen.append(steps.tokens.clone())
-    assert torch.equal(torch.cat(seen, 1), expected[:, 4:]) and len(set(expected.flatten().tolist())) > 4
+    steps, seen = stepped(made, prompt)
+    assert torch.equal(seen, expected[:, 4:]) and len(set(expected.flatten().tolist())) > 4
     assert int(steps.cache.get_seq_length()) == 10
     steps.rewind()
     assert int(steps.cache.get_seq_length()) == 4

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+from flat_models import save_calibrated
 
 from flute.flatquant.modules import Codes, IntLinear, Site
 from flute.flatquant.rounding import codes, grid
 from flute.flatquant.spec import PRESETS, FlatSpec
 from flute.integrations.flatblocks import int4_cache
-from flute.integrations.flatquant import mark_flat
 from flute.kernels.tokens import quantize_rows
 from flute.methods.flat_train import Schedule
 from flute.methods.flatquant import apply, calibrate
@@ -20,16 +20,6 @@ pytestmark = pytest.mark.gpu
 
 SIZES = {"hidden_size": 256, "intermediate_size": 448, "num_attention_heads": 4, "head_dim": 64}
 WINDOWS = torch.randint(3, 97, (4, 32), generator=torch.Generator().manual_seed(0))
-
-
-def saved(folder: Path, spec: FlatSpec) -> None:
-    model = tiny_models.build("Qwen3", **SIZES)
-    matrices, _ = calibrate(model, spec, WINDOWS, None, Schedule(epochs=0), batch=2)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.half()
-    apply(model, spec, matrices)
-    mark_flat(model, spec)
-    model.save_pretrained(folder)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -50,7 +40,7 @@ def test_grids_are_the_same_bits_on_both(bits: int, symmetric: bool, dtype: torc
 
 @pytest.mark.parametrize("preset", ["w4a8kv4", "w8a8", "w4a16"])
 def test_a_gpu_computes_what_a_cpu_does(preset: str, tmp_path: Path) -> None:
-    saved(tmp_path, PRESETS[preset])
+    save_calibrated(tmp_path, PRESETS[preset], WINDOWS, "Qwen3", **SIZES)
     there, here = (tiny_models.load(tmp_path, dtype=torch.float16, device_map=d) for d in ("cuda", "cpu"))
     layers = [part for part in there.modules() if isinstance(part, IntLinear)]
     assert all(layer.weight.dim() == 3 for layer in layers) and (layers or preset == "w4a16")
@@ -94,7 +84,7 @@ def test_a_captured_block_gives_the_same_bits() -> None:
 
 
 def test_generation_with_the_int4_cache(tmp_path: Path) -> None:
-    saved(tmp_path, FlatSpec(a_bits=8))
+    save_calibrated(tmp_path, FlatSpec(a_bits=8), WINDOWS, "Qwen3", **SIZES)
     model, ids = tiny_models.load(tmp_path, dtype=torch.float16, device_map="cuda"), WINDOWS[:2].cuda()
     plain = model(ids, use_cache=False).logits
     cached = model(ids, past_key_values=int4_cache(model, 64)).logits

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from flat_models import save
 from test_flatquant import random_learned
 
 from flute.flatquant.matrices import Matrices
 from flute.flatquant.modules import IntLinear
 from flute.flatquant.spec import FlatSpec
 from flute.integrations.flatblocks import blocks_of, flatten, int4_cache, shape_of
-from flute.integrations.flatquant import mark_flat
 from flute.methods.flatquant import apply
 
 ROPE = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -69,9 +69,7 @@ def test_every_family_is_saved_and_loaded(name: str, tmp_path: Path) -> None:
     model, ids = built(name), tiny_models.prompt()
     truth = model(ids).logits.detach()
     spec = FlatSpec(8, 8, 8, 8)
-    apply(model, spec, [Matrices(), Matrices()])
-    mark_flat(model, spec)
-    model.save_pretrained(tmp_path)
+    save(tmp_path, model, spec, [Matrices(), Matrices()])
     loaded = tiny_models.load(tmp_path, dtype=torch.float32)
     assert sum(type(part) is IntLinear for part in loaded.modules()) == 14
     assert tiny_models.equal_states(loaded, model) and torch.equal(loaded(ids).logits, model(ids).logits)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from flat_models import save
 from safetensors.torch import load_file, save_file
 from test_cli import flute
 
@@ -22,9 +23,7 @@ from flute.methods.flatquant import apply
 
 def saved(folder: Path, spec: FlatSpec, family: str = "Qwen3") -> Path:
     model = tiny_models.build(family).half()
-    apply(model, spec, [Matrices() for _ in blocks_of(model)[1]])
-    mark_flat(model, spec)
-    model.save_pretrained(folder)
+    save(folder, model, spec, [Matrices() for _ in blocks_of(model)[1]])
     return folder
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from flat_models import save_calibrated
 from safetensors.torch import load_file, save_file
 
 from flute.commands import flat_published
@@ -185,17 +186,6 @@ def test_the_real_model_is_the_simulated_one(spec: FlatSpec) -> None:
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def saved_flat(folder: Path, spec: FlatSpec, **options: Any) -> Any:
-    model = tiny_models.build("Qwen2", **options)
-    matrices, _ = calibrate(model, spec, WINDOWS, None, Schedule(epochs=0), batch=2)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.half()
-    apply(model, spec, matrices)
-    mark_flat(model, spec)
-    model.save_pretrained(folder)
-    return model
-
-
 def test_a_checkpoint_without_transforms_loads(tmp_path: Path) -> None:
     """Nothing learned, rounded to nearest: the factors in the file are identities."""
     model = tiny_models.build("Qwen2").half()
@@ -216,7 +206,7 @@ STORED = PRESETS | {
 @pytest.mark.parametrize("name", STORED)
 def test_a_checkpoint_loads_as_it_was_saved(name: str, tmp_path: Path) -> None:
     spec = STORED[name]
-    model = saved_flat(tmp_path, spec, tie_word_embeddings=name == "w8a8")
+    model = save_calibrated(tmp_path, spec, WINDOWS, "Qwen2", tie_word_embeddings=name == "w8a8")
     assert json.loads((tmp_path / "config.json").read_text())["quantization_config"] == spec.to_dict()
     loaded = tiny_models.load(tmp_path)
     assert tiny_models.equal_states(loaded, model)
@@ -230,7 +220,7 @@ def test_a_checkpoint_loads_as_it_was_saved(name: str, tmp_path: Path) -> None:
 
 
 def test_offloading_is_refused(tmp_path: Path) -> None:
-    saved_flat(tmp_path, FlatSpec())
+    save_calibrated(tmp_path, FlatSpec(), WINDOWS, "Qwen2")
     for where in ({"model": 0, "lm_head": "cpu"}, {"model": "cpu", "lm_head": "disk"}):
         with pytest.raises(IntegrationError, match="offloads"):
             tiny_models.load(tmp_path, device_map=where)
@@ -238,7 +228,7 @@ def test_offloading_is_refused(tmp_path: Path) -> None:
 
 
 def test_missing_and_wrong_tensors_are_refused(tmp_path: Path) -> None:
-    saved_flat(tmp_path, FlatSpec(w_asym=True))
+    save_calibrated(tmp_path, FlatSpec(w_asym=True), WINDOWS, "Qwen2")
     file = tmp_path / "model.safetensors"
     whole = load_file(file)
     for name, change in {
@@ -255,7 +245,7 @@ def test_missing_and_wrong_tensors_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_int4_cache_holds_what_is_simulated(tmp_path: Path) -> None:
-    saved_flat(tmp_path, FlatSpec(key_offset=True))
+    save_calibrated(tmp_path, FlatSpec(key_offset=True), WINDOWS, "Qwen2")
     model, ids = tiny_models.load(tmp_path, dtype=torch.float32), tiny_models.prompt()
     assert torch.equal(model(ids, past_key_values=int4_cache(model, 32)).logits, model(ids, use_cache=False).logits)
     plain = model.generate(ids, max_new_tokens=8, do_sample=False)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from flat_models import save
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 from tiny_models import build, load, saved
@@ -19,8 +20,6 @@ from flute.errors import CheckpointError, IntegrationError
 from flute.flatquant.matrices import Matrices
 from flute.flatquant.spec import FlatSpec
 from flute.integrations import card, described, saving
-from flute.integrations.flatquant import mark_flat
-from flute.methods.flatquant import apply
 
 QUALITY = {"text": "wiki", "perplexity": 12.34567, "windows": 3, "seq_len": 128, "dtype": "float32"}
 REPO = "someone/small"
@@ -220,9 +219,7 @@ def test_a_deleted_model_is_free_at_once(dense: str) -> None:
 
 def test_flatquant_has_a_card(tmp_path: Path) -> None:
     model, spec = build(), FlatSpec(down_bits=8)
-    apply(model, spec, [Matrices(), Matrices()])
-    mark_flat(model, spec)
-    model.save_pretrained(tmp_path / "flat")
+    save(tmp_path / "flat", model, spec, [Matrices(), Matrices()])
     written = (tmp_path / "flat" / "README.md").read_text()
     assert ModelCard(written).data.tags == ["flute", "flatquant", "4-bit", "quantized"]
     assert "| 4 | 4 | 4 | 4 | 8 (weights and activations) |" in written and "vllm" not in written
