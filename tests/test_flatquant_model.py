@@ -211,8 +211,8 @@ def test_a_checkpoint_loads_as_it_was_saved(name: str, tmp_path: Path) -> None:
     loaded = tiny_models.load(tmp_path)
     assert tiny_models.equal_states(loaded, model)
     ids = tiny_models.prompt()
-    # Not to the bit: a mapped file's tensors lie unaligned, and float16 sums on a CPU take their order from that
-    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=0.02)
+    with torch.no_grad():  # what is recorded for gradients decides which of torch's kernels run
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
     again = tiny_models.load(tmp_path, dtype=torch.bfloat16)  # scales and clips stay float32
     floats = {p.dtype for name, p in again.named_parameters() if "clip" in name or "weight_scale" in name}
     assert floats <= {torch.float32} and torch.isfinite(again(ids).logits).all()
