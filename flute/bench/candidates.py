@@ -51,6 +51,7 @@ def _of_bits(bits: int) -> list[Candidate]:
             _ours(f"higgs p={p}", f"higgs p={p}", bits, "--method", "higgs", "--vector-size", str(p))
             for p in (1, 2)
         ],
+        _ours("higgs per layer", "higgs per layer", bits, "--method", "higgs", "--per-layer"),
         *[
             _ours(f"{method} nf{bits}", f"{method} nf", bits, "--method", method)
             for method in ("gptq", "awq", "awq+gptq", "nfl", "gptq+nfl", "awq+gptq+nfl")

@@ -226,8 +226,8 @@ def _candidate(
     step = soft_max(2.3, rate * (busy + uneven), latency)
     per_round = 0 if participants == 1 else 455 + 71 * ways + (987 if split > 1 else 0) + 161 * row_tiles * token_tiles
     cycles = rounds * (-(-chunks // participants) * step + per_round)
-    # what a launch costs; large clusters leave SMs empty for the next one
-    cycles += 4470 if per_sm == 1 else 3250 if split >= 4 else 2940
+    # what a launch costs; large clusters leave SMs empty for the next one, pairs that fill an SM each wait for both
+    cycles += (5270 if split == 2 else 4470) if per_sm == 1 else 3250 if split >= 4 else 2940
     cycles += 0.054 * tokens * pitch
     return Plan(
         passes, tokens, token_tiles, row_tiles, rows, ways, split, stages, block, clusters, pitch, shared, cycles,
