@@ -14,7 +14,7 @@ state dict always shows the checkpoint's order.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -37,6 +37,13 @@ def silu_gate(pair: torch.Tensor) -> torch.Tensor:
     return nn.functional.silu(gate) * up
 
 
+class Routes(NamedTuple):
+    """Which expert rows go to, sorted: ``experts`` (M,) of each row, ``ends`` int32 (E,) where each expert's end."""
+
+    experts: torch.Tensor
+    ends: torch.Tensor
+
+
 class LutExperts(nn.Module):
     """E gated experts, W1 (E, 2 I, H) and W2 (E, H, I), both ~ table[codes] * scales.
 
@@ -56,6 +63,8 @@ class LutExperts(nn.Module):
     gate_up_proj: torch.Tensor
     down_proj: torch.Tensor
 
+    _holds_zeros = False
+
     def __init__(
         self,
         num_experts: int,
@@ -72,11 +81,12 @@ class LutExperts(nn.Module):
         self.num_experts, self.gate, self.specs = num_experts, gate, {role: specs[role] for role in ROLES}
         self.intermediate = intermediate
         self.shapes = {"gate_up": (2 * intermediate, hidden), "down": (hidden, intermediate)}
+        if any(spec.zero_points for spec in self.specs.values()) != self._holds_zeros:
+            told = " and ".join(map(str, self.specs.values()))
+            raise SpecError(f"{told}: {type(self).__name__} do not hold this; use flute.zero_experts.lut_experts")
         for role, spec in self.specs.items():
             n, k = self.shapes[role]
             spec.check_layer(f"LutExperts.{role}_proj", n, k)
-            if spec.zero_points:
-                raise SpecError(f"LutExperts.{role}_proj: {spec}: experts have no zero points; leave these dense")
             codes = torch.zeros(num_experts, n, spec.row_bytes(k), dtype=torch.uint8, device=device)
             scales = torch.zeros(num_experts, n, spec.num_groups(k), dtype=dtype, device=device)
             custom = spec.table == CUSTOM_TABLE
@@ -99,19 +109,19 @@ class LutExperts(nn.Module):
             return torch.zeros_like(hidden_states)
         chosen, order = torch.sort(top_k_index.reshape(-1), stable=True)
         experts = torch.arange(self.num_experts, device=chosen.device, dtype=chosen.dtype)
-        ends = torch.searchsorted(chosen, experts, right=True, out_int32=True)
-        inner = self.gate(self._product("gate_up", hidden_states[order // top_k], ends))
-        out = self._product("down", inner, ends) * top_k_weights.reshape(-1, 1)[order]
+        routes = Routes(chosen, torch.searchsorted(chosen, experts, right=True, out_int32=True))
+        inner = self.gate(self._product("gate_up", hidden_states[order // top_k], routes))
+        out = self._product("down", inner, routes) * top_k_weights.reshape(-1, 1)[order]
         back = torch.empty_like(order).scatter_(0, order, torch.arange(tokens * top_k, device=order.device))
         return out[back].view(tokens, top_k, -1).sum(1).to(hidden_states.dtype)
 
-    def _product(self, role: str, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    def _product(self, role: str, x: torch.Tensor, routes: Routes) -> torch.Tensor:
         weight, scales, table = (getattr(self, f"{role}_{part}") for part in ("proj", "scales", "table"))
         spec, dtype = self.specs[role], scales.dtype
         if torch.is_autocast_enabled(x.device.type) and dtype == torch.float32:
             dtype = torch.get_autocast_dtype(x.device.type)
         x = hadamard(x.to(dtype), spec.hadamard_size) if spec.hadamard_size else x.to(dtype)
-        given = (x, weight, scales.to(dtype), table.to(dtype), None, ends)
+        given = (x, weight, scales.to(dtype), table.to(dtype), None, routes.ends)
         return torch.ops.flute.lut_grouped_linear(*given, self.shapes[role][0], spec.bits, spec.group_size)
 
     # ---- weights -----------------------------------------------------------------------------------------------------

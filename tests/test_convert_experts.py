@@ -103,10 +103,10 @@ def test_experts_that_differ_are_refused_or_kept_dense(tmp_path: Path) -> None:
     odd = "model.layers.1.mlp.experts.2.up_proj"
 
     def layer(name: str, linear: nn.Linear) -> Parts:
-        q, z, s, weights[name] = integers(*linear.weight.shape, 32, 4, [9] if name == odd else [8])
-        return foreign.awq(q, z, s)
+        q, _, s, weights[name] = integers(*linear.weight.shape, 64 if name == odd else 32, 4, [8])
+        return foreign.compressed(q, None, s, 4)
 
-    source = foreign.checkpoint(tmp_path / "a", layer, AWQ, family="Qwen3Moe", **QWEN)
+    source = foreign.checkpoint(tmp_path / "a", layer, CT, family="Qwen3Moe", **QWEN)
     with pytest.raises(CheckpointError, match=r"9 of 26 layers.*experts differ in bits.* or levels \(.*layers\.1"):
         run(source, tmp_path / "b")
     made = run(source, tmp_path / "b", dense_fallback=True)

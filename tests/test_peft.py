@@ -150,6 +150,9 @@ def test_what_cannot_be_merged_is_refused(folder: Path) -> None:
     with pytest.raises(RuntimeError):  # torch's own words: this is PEFT's code, before ours is asked
         stock.merge_and_unload()
     assert torch.equal(codes, before)
+    other = peft.IA3Config(target_modules=TARGETS, feedforward_modules=["down_proj"], task_type="CAUSAL_LM")
+    with pytest.raises(IntegrationError, match=r"q_proj': ia3 is no LoRA, which alone is merged"):
+        merge_and_unload(peft.get_peft_model(load(folder), other))
     layer = adapted(folder, mergeable=True).base_model.model.model.layers[0].mlp.up_proj
     with pytest.raises(IntegrationError, match="cannot be unmerged"):
         layer.unmerge()

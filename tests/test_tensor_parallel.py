@@ -53,6 +53,15 @@ def mixtures_main(folder: Path) -> None:
         model.save_pretrained(folder / "saved from kernel order")
     dist.barrier()
     assert equal_states(load(folder / "saved from kernel order"), load(folder / "Mixtral" / "quantized"))
+    with torch.no_grad():
+        made, whole = (load(folder / "zero points", dtype=torch.float32, **keywords) for keywords in (plan, {}))
+        experts = made.model.layers[1].mlp.experts
+        assert experts.gate_up_zeros.to_local().shape == (6, 64, 6) and experts.gate_up_shift.shape == (6, 64, 6)
+        assert experts.down_zeros.to_local().shape == experts.down_scales.to_local().shape == (6, 96, 2)
+        torch.testing.assert_close(made(prompt()).logits, whole(prompt()).logits, rtol=1e-4, atol=1e-4)
+    made.save_pretrained(folder / "saved zero points")
+    dist.barrier()
+    assert equal_states(load(folder / "saved zero points"), whole)
     for source, keywords in (("Mixtral/dense", {"quantization_config": WIDE}), ("wide groups", {})):
         with pytest.raises(IntegrationError, match=r"experts\.down_proj': 96 of 192 columns per rank do not hold"):
             load(folder / source, **plan, **keywords)
@@ -131,6 +140,9 @@ def test_two_ranks_share_experts(tmp_path: Path) -> None:
         dense = saved(tmp_path / family / "dense", family, **{**SHARE, **sizes})
         load(dense, quantization_config=config).save_pretrained(tmp_path / family / "quantized")
     load(tmp_path / "Mixtral" / "dense", quantization_config=WIDE).save_pretrained(tmp_path / "wide groups")
+    layer, sizes = uniform_layer({}, foreign.awq, 16, 4, list(range(16))), {**SHARE, **MIXTURES["Qwen3Moe"]}
+    settings = {"quant_method": "awq", "bits": 4, "group_size": 16}
+    run(foreign.checkpoint(tmp_path / "awq", layer, settings, family="Qwen3Moe", **sizes), tmp_path / "zero points")
     run_ranks(__file__, tmp_path, devices="")
 
 

@@ -152,16 +152,18 @@ def test_generates_as_decoded_weights(tmp_path: Path) -> None:
     print(f"nf4, 1 rank(s), eager, bfloat16: {quantized}")
 
 
+@pytest.mark.parametrize(("family", "changes"), [("Llama", {}), ("Qwen3Moe", QWEN)])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_zero_points_generate_as_transformers(ranks: int, tmp_path: Path) -> None:
+def test_zero_points_generate_as_transformers(ranks: int, family: str, changes: Any, tmp_path: Path) -> None:
     layer = uniform_layer({}, foreign.awq, 32, 4, list(range(16)))
     settings = {"quant_method": "awq", "bits": 4, "group_size": 32}
-    run(foreign.checkpoint(tmp_path / "awq", layer, settings, vocab_size=256, eos_token_id=None), tmp_path / "made")
+    sizes = {"vocab_size": 256, "eos_token_id": None, **changes}
+    run(foreign.checkpoint(tmp_path / "awq", layer, settings, family=family, **sizes), tmp_path / "made")
     (tokens,) = generated([str(tmp_path / "made")], ranks)
     model = load(tmp_path / "made", dtype=torch.float32)
     answer = model.generate(prompt(), max_new_tokens=12, min_new_tokens=12, do_sample=False)
     assert tokens == answer[:, prompt().shape[1] :].tolist()
-    print(f"zero points, {ranks} rank(s), eager, float32: {tokens}")
+    print(f"zero points, {family}, {ranks} rank(s), eager, float32: {tokens}")
 
 
 def test_refusals(tmp_path: Path) -> None:
@@ -199,7 +201,7 @@ def test_layers(sources: str) -> None:
     command = [PYTHON, str(ROOT / "tests" / "vllm_layers.py"), *([sources] if sources else [])]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(1))
     lines = [line for line in done.stdout.splitlines() if line.startswith("vLLM ")]
-    assert done.returncode == 0 and len(lines) == 7, done.stderr[-3000:]
+    assert done.returncode == 0 and len(lines) == 8, done.stderr[-3000:]
     print(*lines, sep="\n")
 
 

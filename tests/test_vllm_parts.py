@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from flute.integrations.vllm import NAMES, slicing, supported
 from flute.integrations.vllm.names import expert_specs, linear_specs
 from flute.packing import pack_codes, unpack_codes
 from flute.quantize import Quantized
+from flute.zero_experts import lut_experts
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -49,24 +51,32 @@ def test_shares_are_the_weight(bits: int, vector_size: int, group: int, ranks: i
     assert torch.equal(torch.cat(parts, 1), whole)
 
 
+@pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_experts_of_all_ranks_sum_to_the_whole(ranks: int) -> None:
+def test_experts_of_all_ranks_sum_to_the_whole(ranks: int, zeros: bool) -> None:
     """Ranks share rows of gate and up and columns of down, here through its groups; vLLM adds up what they make."""
     torch.manual_seed(0)
     specs = {"gate_up": QuantSpec(4, 32, "nf4"), "down": QuantSpec(3, 64, "nf3")}
-    whole, inner = LutExperts(3, 48, 96, specs), 96 // ranks
+    plain, inner = LutExperts(3, 48, 96, specs), 96 // ranks
+    specs["down"] = replace(specs["down"], zero_points=zeros)
+    whole = lut_experts(3, 48, 96, specs)
     for role, (n, k) in whole.shapes.items():
-        whole.fill(role, torch.randn(3, n, k))
+        plain.fill(role, torch.randn(3, n, k))
+        whole.put(role, *plain.checkpoint_tensors(role))
+    if zeros:
+        whole.down_zeros.data = torch.randn(3, 48, 2)
     x, index, weights = torch.randn(7, 48), torch.rand(7, 3).topk(2).indices, torch.rand(7, 2)
     total = torch.zeros(7, 48)
     for rank in range(ranks):
         own = slicing.share("down", specs["down"], 96, rank, ranks)
-        made = LutExperts(3, 48, inner, {**specs, "down": own.spec})
+        made = lut_experts(3, 48, inner, {**specs, "down": own.spec})
         rows = [*range(rank * inner, (rank + 1) * inner), *range(96 + rank * inner, 96 + (rank + 1) * inner)]
         made.put("gate_up", whole.gate_up_proj[:, rows], whole.gate_up_scales[:, rows])
         codes, scales = (torch.stack([*map(take, held)]) for take, held in (
             (own.take_codes, whole.down_proj), (own.take_scales, whole.down_scales)))  # fmt: skip
         made.put("down", codes, scales)
+        if zeros:
+            made.down_zeros.data = torch.stack([own.take_scales(held) for held in whole.down_zeros])
         assert torch.equal(made.dequantize("down"), whole.dequantize("down")[..., rank * inner : (rank + 1) * inner])
         total += made(x, index, weights)
     torch.testing.assert_close(total, whole(x, index, weights), rtol=1e-4, atol=1e-4)

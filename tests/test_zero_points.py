@@ -1,5 +1,6 @@
 """Layers with zero points: the weights exactly, products within rounding, wherever a layer goes."""
 
+import copy
 import shutil
 from pathlib import Path
 from unittest import mock
@@ -15,7 +16,6 @@ from torch import nn
 from flute import LutLinear, QuantSpec, quantize
 from flute.errors import CheckpointError, SpecError
 from flute.evaluate import sqnr
-from flute.experts import LutExperts
 from flute.integrations import card, described, folders, fusion
 from flute.packing import pack_codes
 from flute.zero_points import ZeroPointLinear, lut_linear
@@ -83,17 +83,32 @@ def test_state_dtype_and_kernel_order() -> None:
     assert expected.keys() == {"weight", "scales", "zeros"}
     with mock.patch.object(LutLinear, "_suits_kernels", lambda layer: True):  # the order that kernels want
         made.arrange()
-        assert made.in_kernel_order and made.shift is not None
-        assert torch.equal(made.shift, -32 * made.zeros * expected["scales"])
+        assert made.in_kernel_order and torch.equal(made.shift, -32 * made.zeros * expected["scales"])
         assert all(torch.equal(tensor, expected[name]) for name, tensor in made.state_dict().items())
         other = ZeroPointLinear(128, 48, SPEC)
         other.load_state_dict(expected)
         assert other.in_kernel_order and torch.equal(other.shift, made.shift)
         half = made.bfloat16()
-        assert half.shift is not None and half.shift.dtype == torch.bfloat16
+        assert half.shift.dtype == torch.bfloat16
     half = half.arrange()
-    assert half.shift is None and not half.in_kernel_order
+    assert not half.in_kernel_order
     assert torch.equal(half.zeros.float(), expected["zeros"]) and "zeros" in repr(half)
+
+
+def test_the_shift_is_made_once_and_anew_with_other_weights() -> None:
+    made, _ = layer(48, 128, 32)
+    x = torch.randn(3, 128)
+    y = made(x)
+    assert made.shift is None  # nothing was arranged yet
+    made.arrange()
+    with mock.patch.object(ZeroPointLinear, "_shift", side_effect=AssertionError):
+        assert torch.equal(made(x), y) and torch.equal(copy.deepcopy(made)(x), y)
+    other = layer(48, 128, 32)[0]
+    other.zeros.data += 1
+    for change in (lambda: made.load_state_dict(other.state_dict()), lambda: made.half().float()):
+        change()
+        assert torch.equal(made.shift, -32 * made.zeros * made.scales) and made.shift.dtype == made.scales.dtype
+    assert not made.shift.requires_grad and torch.equal(made.zeros, other.zeros)
 
 
 def test_layers_of_one_x_share_a_launch() -> None:
@@ -114,8 +129,6 @@ def test_refused() -> None:
         LutLinear(64, 16, SPEC)
     with pytest.raises(SpecError, match="does not hold this"):
         ZeroPointLinear(64, 16, QuantSpec())
-    with pytest.raises(SpecError, match="experts have no zero points"):
-        LutExperts(2, 64, 64, {"gate_up": SPEC, "down": SPEC})
     with pytest.raises(SpecError, match="layer 'a': nothing is quantized with zero points here"):
         quantize(torch.randn(4, 64), SPEC, name="a")
     for wrong in ({"zero_points": 1}, {"zero_points": True, "hadamard_size": 32}):
@@ -202,4 +215,6 @@ def test_cuda(dtype: torch.dtype) -> None:
         for y in (made(x), replayed, compiled(x)):
             assert bool(((y.double() - exact).abs() <= 4 * torch.finfo(dtype).eps * most).all())
     back = made.cpu()
-    assert back.shift is None and all(torch.equal(back.state_dict()[name], tensor) for name, tensor in state.items())
+    assert not back.shift.is_cuda and all(
+        torch.equal(back.state_dict()[name], tensor) for name, tensor in state.items()
+    )

@@ -41,7 +41,7 @@ def weight(n: int, k: int, spec: QuantSpec = FOUR) -> tuple[torch.Tensor, torch.
     return pack_codes(made.codes, spec.code_bits), made.scales, flute.dequantize(*made, spec, table=table)
 
 
-def with_zeros(n: int, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def with_zeros(n: int, k: int, _: QuantSpec = ZEROS) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes, scales, W and zero points."""
     codes = torch.randint(16, (n, k), dtype=torch.uint8)
     scales, zeros = 0.1 * torch.rand(n, k // 32), torch.randint(-8, 8, (n, k // 32)).float()
@@ -86,17 +86,20 @@ def linears(config: object) -> None:
         print(f"vLLM {vllm.__version__}: {type(layer).__name__}, {len(layer.runs)} launch(es)")
 
 
-def experts(config: object) -> None:
+def experts(config: object, prefix: str, *, zeros: bool) -> None:
     from vllm.model_executor.layers.fused_moe import layer as module
 
     make = getattr(module, "FusedMoEFactory", None) or module.FusedMoE  # the older name
     layer = make(
         num_experts=4, top_k=2, hidden_size=128, intermediate_size=64, params_dtype=torch.float32, quant_config=config,
-        prefix="m.experts",
+        prefix=prefix,
     ).routed_experts  # fmt: skip
     shapes = {"gate_proj": (64, 128, FOUR), "up_proj": (64, 128, FOUR), "down_proj": (128, 64, THREE)}
-    made = {(expert, name): weight(*shape) for expert in range(4) for name, shape in shapes.items()}
-    files = [(f"{e}.{name}.{end}", made[e, name][i]) for e, name in made for i, end in enumerate(("weight", "scales"))]
+    kinds = {name: with_zeros if zeros and spec is FOUR else weight for name, (*_, spec) in shapes.items()}
+    made = {(e, name): kinds[name](*shape) for e in range(4) for name, shape in shapes.items()}
+    ends = {"weight": 0, "scales": 1, "zeros": 3}
+    files = [(f"{e}.{name}.{end}", parts[i]) for (e, name), parts in made.items() for end, i in ends.items()
+             if i < len(parts)]  # fmt: skip
     list(layer.load_weights(files))
     layer.quant_method.process_weights_after_loading(layer)
     x, chosen = torch.randn(3, 128), torch.tensor([[0, 1], [2, 3], [1, 3]], dtype=torch.int32)
@@ -107,7 +110,7 @@ def experts(config: object) -> None:
         expected[token] += shares[token, place] * (down @ inner)
     y = layer.forward_modular(x=x, topk_weights=shares, topk_ids=chosen, shared_experts=None, shared_experts_input=None)
     check(y, expected)
-    print(f"vLLM {vllm.__version__}: {type(layer).__name__}")
+    print(f"vLLM {vllm.__version__}: {type(layer).__name__}, {type(layer.lut).__name__}")
 
 
 def main() -> None:
@@ -120,6 +123,7 @@ def main() -> None:
         "*.v_proj": {"bits": 3},
         "*.o_proj": {"table": "custom"},
         "*.experts.down_proj": {"bits": 3},
+        "z.experts.gate_up_proj": asymmetric,
     }
     with set_current_vllm_config(VllmConfig()), tempfile.TemporaryDirectory() as folder:
         init_distributed_environment(1, 0, f"file://{folder}/meet", 0, "gloo")
@@ -130,7 +134,8 @@ def main() -> None:
         config = get_quantization_config("flute").from_config(record.to_dict())
         config.packed_modules_mapping = PACKED
         linears(config)
-        experts(config)
+        experts(config, "m.experts", zeros=False)
+        experts(config, "z.experts", zeros=True)
 
 
 if __name__ == "__main__":

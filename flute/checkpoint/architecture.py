@@ -19,7 +19,7 @@ class TensorNames(NamedTuple):
     codes: str
     scales: str
     table: str
-    zeros: str = ""
+    zeros: str
 
 
 def tensor_names(layer: str, shape: tuple[int, ...]) -> TensorNames:
@@ -27,7 +27,7 @@ def tensor_names(layer: str, shape: tuple[int, ...]) -> TensorNames:
     if len(shape) == 2:
         return TensorNames(f"{layer}.weight", f"{layer}.scales", f"{layer}.table", f"{layer}.zeros")
     stem = layer.removesuffix("_proj")
-    return TensorNames(layer, f"{stem}_scales", f"{stem}_table")
+    return TensorNames(layer, f"{stem}_scales", f"{stem}_table", f"{stem}_zeros")
 
 
 @dataclass(frozen=True)

@@ -196,7 +196,7 @@ def _made_names(architecture: Architecture, name: str, source: str) -> TensorNam
     if len(shape) == 2 or not source.endswith(".weight"):
         return tensor_names(source.removesuffix(".weight"), shape)
     scales = source.removesuffix(".weight") + ".scales"
-    return TensorNames(source, scales if architecture.rename(scales)[0] == own.scales else own.scales, own.table)
+    return own._replace(codes=source, scales=scales if architecture.rename(scales)[0] == own.scales else own.scales)
 
 
 def _replaced(layers: list[Layer]) -> set[str]:

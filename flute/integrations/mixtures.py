@@ -3,7 +3,7 @@
 transformers keeps the experts of a layer as two 3-D parameters, ``gate_up_proj`` and ``down_proj``, whatever the files
 hold: often a matrix per expert (``experts.3.w1.weight``), which "weight converters" stack while loading and cut apart
 while saving. Codes are stacked and cut along the same dimensions as weights, since a row of codes is a row of weights,
-so those converters serve for codes as they are; scales get converters of their own, made from them.
+so those converters serve for codes as they are; scales and zero points get converters of their own, made from them.
 """
 
 from __future__ import annotations
@@ -24,9 +24,15 @@ from ..experts import ROLES, LutExperts
 from ..parallel import check_columns, is_cut, local, placed_like
 from ..spec import CUSTOM_TABLE, QuantSpec
 from ..tables import named_table
+from ..zero_experts import lut_experts
 
 PROJECTIONS = tuple(f"{role}_proj" for role in ROLES)
 _STACKING = ("MergeModulelist", "Concatenate")  # of whole rows: experts along 0, gate and up along 1
+_OF_GROUPS = ("scales", "zeros")  # (N, G) of a matrix beside its codes
+
+
+def _of_groups(spec: QuantSpec) -> tuple[str, ...]:
+    return _OF_GROUPS if spec.zero_points else _OF_GROUPS[:1]
 
 
 class Gate:
@@ -104,7 +110,7 @@ def _stacks_rows(converter: Any) -> bool:
 
 
 class StackScales(MergeModulelist):
-    """Scales (N, G) of every expert -> (E, N, G)."""
+    """Scales or zero points (N, G) of every expert -> (E, N, G)."""
 
     @property
     def reverse_op(self) -> CutScales:
@@ -113,7 +119,7 @@ class StackScales(MergeModulelist):
 
 
 class CutScales(SplitModulelist):
-    """Scales (E, N, G) -> (N, G) of every expert, also where transformers (up to 5.17) takes away a G of 1."""
+    """The inverse: (E, N, G) -> (N, G) of every expert, also where transformers (up to 5.17) takes away a G of 1."""
 
     def convert(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:  # type: ignore[override]
         """As the converters call it."""
@@ -127,21 +133,28 @@ class CutScales(SplitModulelist):
 
 
 def scale_converters(conversions: Iterable[Any]) -> list[Any]:
-    """For every converter that stacks experts' weights one that stacks their scales, from the files' ``.scales``."""
+    """For every converter that stacks experts' weights one that stacks their scales, and one for their zero points.
+
+    They take the files' ``.scales`` and ``.zeros``.
+    """
     made = []
     for entry in conversions:
         if not isinstance(entry, WeightConverter) or not any(_makes(entry, projection) for projection in PROJECTIONS):
             continue
         if not _stacks_rows(entry):
             continue
-        sources = [source.removesuffix(".weight") + ".scales" for source in entry.source_patterns]
-        targets = [target.removesuffix("_proj") + "_scales" for target in entry.target_patterns]
-        operations = [StackScales(op.dim) if type(op) is MergeModulelist else copy.copy(op) for op in entry.operations]
-        scales = WeightConverter(sources, targets, operations=operations)
-        for where in ("scope_prefix", "base_model_prefix"):
-            if hasattr(entry, where):
-                setattr(scales, where, getattr(entry, where))
-        made.append(scales)
+        made += [_converter(entry, part) for part in _OF_GROUPS]
+    return made
+
+
+def _converter(entry: WeightConverter, part: str) -> WeightConverter:
+    sources = [f"{source.removesuffix('.weight')}.{part}" for source in entry.source_patterns]
+    targets = [f"{target.removesuffix('_proj')}_{part}" for target in entry.target_patterns]
+    operations = [StackScales(op.dim) if type(op) is MergeModulelist else copy.copy(op) for op in entry.operations]
+    made = WeightConverter(sources, targets, operations=operations)
+    for where in ("scope_prefix", "base_model_prefix"):
+        if hasattr(entry, where):
+            setattr(made, where, getattr(entry, where))
     return made
 
 
@@ -162,56 +175,58 @@ def swap(model: nn.Module, specs: Mapping[str, QuantSpec], *, pre_quantized: boo
     for name in {owner(projection)[0] for projection in specs}:
         dense: Any = model.get_submodule(name)
         experts, two, hidden = dense.gate_up_proj.shape
-        made = LutExperts(
+        made = lut_experts(
             experts, hidden, two // 2, {role: specs[f"{name}.{role}_proj"] for role in ROLES},
             gate=Gate(dense), device="meta", dtype=dense.gate_up_proj.dtype,
         )  # fmt: skip
         for role in ROLES:
             weight = getattr(dense, f"{role}_proj")
             delattr(dense, f"{role}_proj")
-            if pre_quantized:
-                for part in ("proj", "scales"):
-                    getattr(made, f"{role}_{part}")._is_hf_initialized = True  # no random numbers for offloaded ones
-            else:
+            if not pre_quantized:
                 made.register_parameter(f"{role}_proj", weight)
                 made.register_parameter(f"{role}_scales", None)
                 made.register_buffer(f"{role}_table", getattr(made, f"{role}_table"), persistent=False)
+        for parameter in made.parameters() if pre_quantized else ():
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # no random numbers for offloaded ones
         model.set_submodule(name, made.train(dense.training))
 
 
-def plan_scales(model: Any, specs: Iterable[str]) -> None:
-    """Let transformers' plan for tensor parallelism cut scales as it cuts the projections named in ``specs``."""
+def plan_scales(model: Any, specs: Mapping[str, QuantSpec]) -> None:
+    """Let transformers' plan for tensor parallelism cut scales and zero points as it cuts their projections."""
     plan: dict[str, str] = getattr(model, "tp_plan", None) or {}
-    for name in specs:
+    for name, spec in specs.items():
         planned = re.sub(r"\.\d+(?=\.|$)", ".*", name)  # plans have a star for the number of a layer
         if planned in plan:
-            plan[f"{planned.removesuffix('_proj')}_scales"] = plan[planned]
+            plan |= {f"{planned.removesuffix('_proj')}_{part}": plan[planned] for part in _of_groups(spec)}
 
 
 def finish(name: str, experts: LutExperts, dtype: torch.dtype) -> None:
     """The last touches after loading, as `loading.finish_layer` does them for a linear layer.
 
-    Scales and tables get the model's ``dtype``: transformers (up to 5.17) leaves what it stacked in that of the files.
+    Scales, zero points and tables get the model's ``dtype``: transformers (up to 5.17) leaves what it stacked in that
+    of the files.
 
     Raises:
-        CheckpointError: weights are missing, or scales or tables are not finite.
+        CheckpointError: weights are missing, or scales, zero points or tables are not finite.
         IntegrationError: the ranks cannot share it.
     """
     check_shards(name, experts)
     for role, spec in experts.specs.items():
-        weight, scales = getattr(experts, f"{role}_proj"), getattr(experts, f"{role}_scales")
-        if scales is None:
+        if getattr(experts, f"{role}_scales") is None:
             raise CheckpointError(f"layer {name!r}: the checkpoint has no tensor for {role}_proj")
-        weight.requires_grad_(False)
-        scales.requires_grad_(False)
-        if scales.dtype != dtype:
-            scales = nn.Parameter(placed_like(scales, local(scales).to(dtype)), requires_grad=False)
-            setattr(experts, f"{role}_scales", scales)
+        getattr(experts, f"{role}_proj").requires_grad_(False)
+        parts = _of_groups(spec)
+        for part in parts:
+            held = getattr(experts, f"{role}_{part}")
+            if held.dtype != dtype:
+                held = nn.Parameter(placed_like(held, local(held).to(dtype)), requires_grad=False)
+                setattr(experts, f"{role}_{part}", held)
+            held.requires_grad_(False)
         table = getattr(experts, f"{role}_table")
         if not table.is_meta:
             values = table if spec.table == CUSTOM_TABLE else named_table(spec.table)
             setattr(experts, f"{role}_table", values.to(device=table.device, dtype=dtype))
-        for part in ("scales", "table"):
+        for part in (*parts, "table"):
             held = local(getattr(experts, f"{role}_{part}"))
             if not held.is_meta and not bool(torch.isfinite(held).all()):
                 raise CheckpointError(f"layer {name!r}: {role}_{part} hold NaN or Inf in {dtype}")

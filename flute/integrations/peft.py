@@ -24,7 +24,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 
 from ..errors import IntegrationError
 from ..linear import LutLinear
@@ -101,9 +101,16 @@ def merge_and_unload(peft_model: Any, adapter_names: Sequence[str] | None = None
         adapter_names: which adapters; default the active ones.
 
     Raises:
-        IntegrationError: a variant of LoRA (DoRA, a bias of its own) that is no plain product A B; a layer with zero
-            points.
+        IntegrationError: another kind of adapter, or a variant of LoRA (DoRA, a bias of its own) that is no plain
+            product A B; a layer with zero points.
     """
+    for name, layer in peft_model.named_modules():
+        if isinstance(layer, BaseTunerLayer) and not isinstance(layer, LoraLayer):
+            kind = type(layer).__module__.split(".")[-2]
+            raise IntegrationError(
+                f"layer {name!r}: {kind} is no LoRA, which alone is merged into codes; keep the adapter apart, "
+                "or merge it into model.dequantize()"
+            )
     warnings.warn("merging quantizes the layers again, which rounds; measure the merged model", stacklevel=2)
     for name, layer in peft_model.named_modules():
         if not isinstance(layer, LoraLayer):

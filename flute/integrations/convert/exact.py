@@ -18,6 +18,7 @@ written, so that no format is trusted to be what its reader thinks it is.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -51,13 +52,14 @@ class Stored(NamedTuple):
 
     ``weight`` (N, K): the owner's dequantization in the owner's dtype, of rotated weights before they are rotated back.
     ``levels``: the same as levels times scales; None where the format has no such form, and then ``why`` says it.
-    ``apart``: the same with zero points of their own, to be taken where the levels are too many.
+    ``apart``: the same with zero points of their own, the best first, to be taken where the levels are too many, or
+    where other matrices of a stack of experts take it.
     """
 
     weight: torch.Tensor
     levels: Levels | None
     why: str = ""
-    apart: Exact | None = None
+    apart: tuple[Exact, ...] = ()
 
 
 class Format(NamedTuple):
@@ -72,6 +74,9 @@ class Format(NamedTuple):
     read: Callable[[str, Mapping[str, torch.Tensor]], Stored]
 
 
+Form = tuple[QuantSpec, tuple[float, ...]]  # what all matrices of a stack have in common: a spec, a table of its own
+
+
 class Exact(NamedTuple):
     """One layer as we have it: codes uint8 (N, K / v), scales (N, G), a float32 table if it is a custom one, and zeros.
 
@@ -83,6 +88,11 @@ class Exact(NamedTuple):
     scales: torch.Tensor
     table: torch.Tensor | None
     zeros: torch.Tensor | None = None
+
+    @property
+    def form(self) -> Form:
+        """Spec and custom table (flat, empty if it has a name)."""
+        return self.spec, () if self.table is None else tuple(self.table.flatten().tolist())
 
     def decoded(self, dtype: torch.dtype, factors: torch.dtype = torch.float32) -> torch.Tensor:
         """(N, K) in ``dtype``, scales and table first rounded to ``factors``; rotated weights stay rotated."""
@@ -104,30 +114,37 @@ class Exact(NamedTuple):
         return int((self.decoded(dtype, factors=dtype) != weight.to(dtype)).sum())
 
 
-def represent(stored: Stored) -> Exact | str:
-    """The layer in our format, equal weight by weight to the owner's; or in one line why it cannot be."""
-    made = fit(stored)
+def represent(stored: Stored, form: Form | None = None) -> Exact | str:
+    """The layer in our format, equal weight by weight to the owner's; or in one line why it cannot be.
+
+    Args:
+        form: None for the best; or one of ``stored.apart``.
+    """
+    made = fit(stored, form)
     if isinstance(made, str):
         return made
     differ = int((made.decoded(stored.weight.dtype) != stored.weight).sum())
     return f"{differ:,} of {stored.weight.numel():,} weights would not be its owner's" if differ else made
 
 
-def fit(stored: Stored) -> Exact | str:
+def fit(stored: Stored, form: Form | None = None) -> Exact | str:
     """What `represent` gives for a layer that it has been asked about before: not compared again."""
-    levels = stored.levels
-    held = levels or stored.apart
+    chosen = next((made for made in stored.apart if made.form == form), None)
+    if chosen is not None:
+        return chosen
+    levels, apart = stored.levels, next(iter(stored.apart), None)
+    held = levels or apart
     if held is None:
         return stored.why
     if not bool(torch.isfinite(held.scales).all()):
         return "its scales hold NaN or Inf"
     if levels is None:
-        return stored.apart or stored.why
+        return apart or stored.why
     group = -1 if levels.scales.shape[1] == 1 else levels.group_size
     if levels.table.dim() == 1:
         fitting = _fitting(levels)
         if isinstance(fitting, str):
-            return stored.apart or fitting
+            return apart or fitting
         bits, name, table, codes = fitting
     else:
         bits, name, table, codes = levels.bits, CUSTOM_TABLE, levels.table, levels.codes
@@ -136,20 +153,22 @@ def fit(stored: Stored) -> Exact | str:
     return Exact(spec, codes, levels.scales.contiguous(), table.float() if name == CUSTOM_TABLE else None)
 
 
-def with_zeros(q: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, group_size: int, bits: int) -> Exact:
+def with_zeros(
+    q: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, group_size: int, bits: int
+) -> tuple[Exact, ...]:
     """How to store ``(q - zeros) * scales`` with the zero points apart: q (N, K) below 2^bits, the others (N, G).
 
-    q and zeros are moved by the middle of their range (`int4` is -8 .. 7), where that is exact: the smaller a zero
-    point, the smaller is what it adds to a product, and the error of that.
+    First with q and zeros moved by the middle of their range (`int4` is -8 .. 7), where that is exact: the smaller a
+    zero point, the smaller is what it adds to a product, and the error of that. Then as they are, which always is.
     """
     middle, group = 1 << (bits - 1), -1 if scales.shape[1] == 1 else group_size
-    moved = (zeros - middle).to(scales.dtype)
-    if bool((moved.float() == zeros.float() - middle).all()):
-        name, table = f"int{bits}", None
-    else:
-        name, table, moved = CUSTOM_TABLE, torch.arange(1 << bits, dtype=torch.float32), zeros.to(scales.dtype)
-    spec = QuantSpec(bits, group, name, zero_points=True)
-    return Exact(spec, q.to(torch.uint8), scales.contiguous(), table, moved.contiguous())
+    spec, codes, scales = QuantSpec(bits, group, f"int{bits}", zero_points=True), q.to(torch.uint8), scales.contiguous()
+    moved, zeros = (zeros - middle).to(scales.dtype).contiguous(), zeros.to(scales.dtype).contiguous()
+    own = torch.arange(1 << bits, dtype=torch.float32)
+    plain = Exact(replace(spec, table=CUSTOM_TABLE), codes, scales, own, zeros)
+    if not bool((moved.float() == zeros.float() - middle).all()):
+        return (plain,)
+    return Exact(spec, codes, scales, None, moved), plain
 
 
 def _fitting(levels: Levels) -> tuple[int, str, torch.Tensor, torch.Tensor] | str:

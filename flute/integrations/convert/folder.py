@@ -28,7 +28,7 @@ from ...errors import CheckpointError
 from ...packing import pack_codes
 from ...spec import CUSTOM_TABLE, QuantSpec
 from .. import folders, mixtures, modules
-from .exact import Exact, fit, represent
+from .exact import Exact, Form, Stored, fit, represent
 from .source import OWNERS_FILES, Source
 
 Progress = Callable[[str, int], None]  # name of a layer, and how many weights were examined or written
@@ -43,7 +43,7 @@ class Converted:
     ``spec``: None if it stays dense, and ``why`` says why. ``rounded``: weights that differ from the owner's once
     scales and table are rounded to the model's dtype at load. ``scales``: their dtype on disk. ``table``: its values,
     if it has its own. ``expert``: ``name`` is that of a stack of experts' matrices, and this is one of them;
-    ``first``: the one with which the table of all is written.
+    ``others``: forms that it could have, too; ``first``: the one with which the table of all is written.
     """
 
     disk: str
@@ -56,6 +56,7 @@ class Converted:
     scales: torch.dtype | None = None
     table: tuple[Any, ...] = ()
     expert: bool = False
+    others: tuple[Form, ...] = ()
     first: bool = True
 
     @property
@@ -63,6 +64,11 @@ class Converted:
         """Its tensors on disk."""
         own = tensor_names(self.disk, self.shape)
         return own._replace(table=tensor_names(self.name, (0, *self.shape)).table) if self.expert else own
+
+    @property
+    def forms(self) -> tuple[Form, ...]:
+        """What it can be, the best first."""
+        return () if self.spec is None else ((self.spec, self.table), *self.others)
 
     @property
     def weights(self) -> int:
@@ -122,7 +128,8 @@ def convert(
     model = folders.architecture(source.folder, ModelSpec(lm_head=True, experts=True))
     config = read_json(source.folder / CONFIG)
     _check_names(source, model)
-    layers = agreed(_examine(source, model, config, progress), model.linears)
+    examined = _examine(source, model, config, progress)
+    layers = agreed(examined, model.linears, lambda layer, form: _as(layer, source.read(layer.disk), config, form))
     refused = [layer for layer in layers if layer.spec is None and layer.why != _NOT_OURS]
     if refused and not dense_fallback:
         raise Refused(source.origin, layers, refused)
@@ -177,23 +184,35 @@ def _examine(source: Source, model: Architecture, config: dict[str, Any], progre
                 f"{model.tensors.get(target)}"
             )
         elif name in model.linears:
-            made = represent(stored)
-            if isinstance(made, str):
-                layer = replace(layer, why=made)
-            else:
-                rounded = made.rounded(stored.weight, _load_dtype(config, dtype))
-                table = () if made.table is None else tuple(made.table.flatten().tolist())
-                layer = replace(layer, why="", spec=made.spec, rounded=rounded, scales=made.scales.dtype, table=table)
+            layer = _as(layer, stored, config)
         found.append(layer)
         progress(disk, layer.weights)
     return found
 
 
-def agreed(layers: Sequence[Converted], linears: Mapping[str, tuple[int, ...]]) -> tuple[Converted, ...]:
-    """The same, but experts stay dense where the matrices of a stack do not all have one spec and one table.
+def _as(layer: Converted, stored: Stored, config: dict[str, Any], form: Form | None = None) -> Converted:
+    """``layer``, which ``stored`` is, in its best form, or in one of its others."""
+    made = represent(stored, form)
+    if isinstance(made, str):
+        return replace(layer, spec=None, why=made)
+    rounded = made.rounded(stored.weight, _load_dtype(config, layer.dtype))
+    others = tuple(one.form for one in stored.apart) if layer.expert else ()
+    spec, table = made.form
+    return replace(layer, why="", spec=spec, rounded=rounded, scales=made.scales.dtype, table=table, others=others)
+
+
+def agreed(
+    layers: Sequence[Converted],
+    linears: Mapping[str, tuple[int, ...]],
+    again: Callable[[Converted, Form], Converted],
+) -> tuple[Converted, ...]:
+    """The same, with one spec and one table for all matrices of a stack of experts: the best that all can have.
+
+    Where there is none the experts stay dense, as they do where one matrix has to.
 
     Args:
         layers: what was examined. linears: (E, N, K) of every stack, by its name.
+        again: examines a matrix in another of its forms.
 
     Raises:
         CheckpointError: matrices of experts are missing, or have another shape.
@@ -202,7 +221,7 @@ def agreed(layers: Sequence[Converted], linears: Mapping[str, tuple[int, ...]]) 
     for layer in layers:
         if layer.expert:
             stacks.setdefault(layer.name, []).append(layer)
-    odd = {}
+    odd, forms = {}, {}
     for name, parts in stacks.items():
         shape, whole = linears[name], sum(part.weights for part in parts) == math.prod(linears[name])
         if not whole or {part.shape[1] for part in parts} != {shape[-1]}:
@@ -210,18 +229,23 @@ def agreed(layers: Sequence[Converted], linears: Mapping[str, tuple[int, ...]]) 
                 f"experts {name!r} need {shape} weights, and the files have {len(parts)} matrices such as "
                 f"{parts[0].disk!r} {parts[0].shape}; download them again"
             )
-        if any(part.spec is None for part in parts):
+        common = [form for form in parts[0].forms if all(form in part.forms for part in parts)]
+        if common:
+            forms[name] = common[0]
+        elif any(part.spec is None for part in parts):
             odd[mixtures.owner(name)[0]] = "another matrix of these experts stays dense"
-        elif len({(part.spec, part.table) for part in parts}) > 1:
+        else:
             odd[mixtures.owner(name)[0]] = "the matrices of these experts differ in bits, groups or levels"
-        elif any(part.spec is not None and part.spec.zero_points for part in parts):
-            odd[mixtures.owner(name)[0]] = "these experts have another zero point in each group"
     first = {parts[0].disk for parts in stacks.values()}
 
     def settled(layer: Converted) -> Converted:
-        layer = replace(layer, first=not layer.expert or layer.disk in first)
-        why = odd.get(mixtures.owner(layer.name)[0], "") if layer.expert else ""
-        return replace(layer, spec=None, why=layer.why or why, rounded=0) if why else layer
+        if not layer.expert:
+            return layer
+        why = odd.get(mixtures.owner(layer.name)[0], "")
+        if why:
+            return replace(layer, spec=None, why=layer.why or why, rounded=0)
+        form = forms[layer.name]
+        return replace(layer if layer.forms[0] == form else again(layer, form), first=layer.disk in first)
 
     return tuple(settled(layer) for layer in layers)
 
@@ -276,7 +300,7 @@ def _write(source: Source, plan: Plan, path: Path, layers: dict[str, Converted],
         for layer in mine:
             stored = source.read(layer.disk)
             names = layer.names
-            made = fit(stored) if layer.spec is not None else None
+            made = fit(stored, layer.forms[0]) if layer.spec is not None else None
             if isinstance(made, Exact):
                 target.write(names.codes, pack_codes(made.codes, made.spec.code_bits))
                 target.write(names.scales, made.scales)

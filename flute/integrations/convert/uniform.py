@@ -75,7 +75,7 @@ def uniform(
     low, high = -int(zeros.max()), (1 << bits) - 1 - int(zeros.min())
     table = torch.arange(low, high + 1, dtype=torch.float32)
     scales, zeros = scales[:, runs].contiguous(), zeros[:, runs]
-    apart = with_zeros(q, zeros, scales, group_size, bits) if bits <= 4 else None
+    apart = with_zeros(q, zeros, scales, group_size, bits) if bits <= 4 else ()
     return Stored(weight, Levels(levels - low, table, scales, group_size, bits), apart=apart)
 
 

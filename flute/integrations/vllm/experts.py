@@ -1,7 +1,8 @@
 """`LutExpertsMethod`: the experts of a mixture in vLLM, as `LutExperts` (two launches for all of them on Hopper).
 
-A checkpoint holds a matrix per expert; ``experts.3.w1.weight`` and ``.scales`` come to this rank's slice of the stacks
-``w13_weight`` and ``w13_scales``: gate and up share rows among the ranks, down shares columns, and vLLM adds up.
+A checkpoint holds a matrix per expert; ``experts.3.w1.weight``, ``.scales`` and, with zero points, ``.zeros`` come to
+this rank's slice of the stacks ``w13_weight``, ``w13_scales`` and ``w13_zeros``: gate and up share rows among the
+ranks, down shares columns, and vLLM adds up.
 """
 
 from __future__ import annotations
@@ -14,17 +15,21 @@ from torch import nn
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
 
 from ...errors import IntegrationError
-from ...experts import LutExperts
 from ...spec import CUSTOM_TABLE, QuantSpec
 from ...tables import named_table
+from ...zero_experts import lut_experts
 from .parameters import Part, blank, check_came, pair
 from .slicing import share
 
 _STEMS = {"gate_up": "w13", "down": "w2"}  # our roles and vLLM's names
 
 
+def _ends(spec: QuantSpec) -> tuple[str, ...]:
+    return "weight", "scales", *(["zeros"] if spec.zero_points else [])
+
+
 class StackParameter(nn.Parameter):
-    """Codes (uint8) or scales of one projection of all experts: (E, rows, columns) of this rank.
+    """Codes (uint8), scales or zero points of one projection of all experts: (E, rows, columns) of this rank.
 
     Args:
         experts: E.
@@ -65,7 +70,6 @@ class LutExpertsMethod(FusedMoEMethodBase):
         obstacles = {
             "expert parallelism": layer.moe_config.moe_parallel_config.use_ep,
             "tables of their own": any(spec.table == CUSTOM_TABLE for spec in specs),
-            "zero points": any(spec.zero_points for spec in specs),
             "biases": self.moe.has_bias,
             f"the activation {activation}": activation != "silu" or layer.swiglu_limit is not None,
             "routing weights on the input": layer.apply_router_weight_on_input,
@@ -100,7 +104,8 @@ class LutExpertsMethod(FusedMoEMethodBase):
             self.local[role] = own.spec
             count = 2 if role == "gate_up" else 1
             codes, scales = pair(rows, spec, width, own)
-            for end, part, dtype in (("weight", codes, torch.uint8), ("scales", scales, params_dtype)):
+            for end in _ends(spec):
+                part, dtype = (codes, torch.uint8) if end == "weight" else (scales, params_dtype)
                 parameter = StackParameter(num_experts, [part] * count, dtype)
                 parameter.weight_loader = self._load
                 layer.register_parameter(f"{_STEMS[role]}_{end}", parameter)
@@ -129,16 +134,18 @@ class LutExpertsMethod(FusedMoEMethodBase):
         Raises:
             CheckpointError: something did not come, or is not finite.
         """
-        names = [f"{stem}_{end}" for stem in _STEMS.values() for end in ("weight", "scales")]
+        names = [f"{stem}_{end}" for role, stem in _STEMS.items() for end in _ends(self.local[role])]
         check_came(self.name, {name: getattr(layer, name) for name in names})
         scales = layer.w2_scales
-        made = LutExperts(*self.sizes, self.local, device="meta", dtype=scales.dtype)
+        made = lut_experts(*self.sizes, self.local, device="meta", dtype=scales.dtype)
         for role, stem in _STEMS.items():
             made.put(role, *(getattr(layer, f"{stem}_{end}").data for end in ("weight", "scales")))
+            if self.local[role].zero_points:
+                setattr(made, f"{role}_zeros", nn.Parameter(getattr(layer, f"{stem}_zeros").data, requires_grad=False))
             table = named_table(self.local[role].table).to(device=scales.device, dtype=scales.dtype)
             setattr(made, f"{role}_table", table)
-            for end in ("weight", "scales"):
-                delattr(layer, f"{stem}_{end}")
+        for name in names:
+            delattr(layer, name)
         layer.lut = made.arrange()
         layer.w2_weight = made.down_proj  # LoRA asks every module for one
 
