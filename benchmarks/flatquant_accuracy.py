@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from flute.evaluate.perplexity import encode, perplexity
+from flute.flatquant.fake import fake
 from flute.flatquant.fold import FACTORS_OF, SITE_OF
 from flute.flatquant.matrices import Matrices
-from flute.flatquant.rounding import fake
 from flute.flatquant.spec import PRESETS, FlatSpec
 from flute.integrations import folders
 from flute.integrations.flatblocks import blocks_of, shape_of

@@ -207,6 +207,11 @@ class LutLinear(nn.Linear):
             self.together.apart()
         return self
 
+    def __setstate__(self, state: dict[str, Any]) -> None:  # of a copy, too
+        super().__setstate__(state)
+        if self.together is not None:
+            self.together.adopt(self.place, self._parameters, self._buffers)
+
     def _replicate_for_data_parallel(self) -> LutLinear:
         replica = super()._replicate_for_data_parallel()
         replica.together = None  # the group's memory is on another GPU

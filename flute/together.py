@@ -13,13 +13,14 @@ the other. Whoever is called first runs the launch for all, and the others hand 
 Layers of a group that do not get the same x after all (cross attention) are noticed and left apart from then on. Apart
 they are, too: where gradients are recorded (there are many tokens, and a backward pass of one product each is cheaper);
 for x made under ``torch.inference_mode`` outside of torch.compile, since such tensors have no version; under functorch
-and other modes of torch; and in copies and pickles of a layer.
+and other modes of torch. A copied or pickled model has groups of its own; a layer copied alone is alone.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -60,7 +61,7 @@ class Together:
         *,
         anywhere: bool = False,
     ) -> None:
-        self.parameters, self.buffers = tuple(parameters), tuple(buffers)
+        self.parameters, self.buffers = list(parameters), list(buffers)
         self.sizes, self.spec, self.anywhere = tuple(sizes), spec, anywhere
         self.starts = tuple(sum(self.sizes[:place]) for place in range(len(self.sizes)))
         self.joined = False
@@ -69,11 +70,15 @@ class Together:
         self._misses = 0
         self._states: list[tuple[int, ...]] = []
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """A copied layer is on its own: the others are not copied for its sake."""
-
     def __reduce__(self) -> tuple[Any, ...]:
-        return _nothing, ()
+        """Copied or pickled, a group is empty until its layers `adopt` it: none is copied for the sake of another."""
+        nobody: list[dict[str, Any]] = [{} for _ in self.sizes]
+        return partial(Together, nobody, nobody, self.sizes, self.spec, anywhere=self.anywhere), ()
+
+    def adopt(self, place: int, parameters: dict[str, Any], buffers: dict[str, Any]) -> None:
+        """Layer number ``place`` was copied; the last one of them joins all."""
+        self.parameters[place], self.buffers[place] = parameters, buffers
+        self.join()
 
     # ---- memory ----------------------------------------------------------------------------------------------------
 
@@ -100,6 +105,8 @@ class Together:
         self._states = [self._state(place) for place in range(len(self.sizes))]
 
     def _fit(self) -> bool:
+        if not all(self.buffers):  # of a copy that lacks layers
+            return False
         first, table = self.parameters[0], self.buffers[0]["table"]
         for parameters, buffers in zip(self.parameters, self.buffers, strict=True):
             for name in _NAMES:
@@ -235,7 +242,3 @@ def _surroundings(x: torch.Tensor) -> tuple[Any, ...]:
         return (x._version, cast)
     stream = torch._C._cuda_getCurrentRawStream(x.get_device())
     return (x._version, cast, stream, torch.cuda.is_current_stream_capturing())
-
-
-def _nothing() -> None:
-    """What a pickled group becomes."""

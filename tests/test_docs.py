@@ -73,6 +73,7 @@ NOT_RUN: dict[str, dict[str, str]] = {
         "python -m benchmarks.flatquant_accuracy SMOLLM2 --calibration valid.txt --text wiki.test.raw --device cuda "
         "--amp": GPU,
         "flute bench model --methods dense,flatquant,flatquant-w4a8kv4 --batch 1,16,64 --prompts 1,2048": GPU,
+        "python -m benchmarks.flatquant_calibration --layers 3 --amp --device cuda -o flatquant_calibration.csv": GPU,
     },
     "docs/migration.md": {"from transformers import BitsAndBytesConfig": OWNER},
     "docs/quality.md": {

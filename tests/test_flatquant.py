@@ -10,11 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flute.errors import SpecError
 from flute.flatquant.factors import Factor, Pair, cayley, pairs
+from flute.flatquant.fake import _defined, _Kind, fake
 from flute.flatquant.fold import FACTORS_OF, SITE_OF, BlockShape, fold
 from flute.flatquant.initial import balanced, flat_rotation, hadamard, identity
 from flute.flatquant.learned import Learned
 from flute.flatquant.modules import Codes, Heads, IntLinear, Site
-from flute.flatquant.rounding import codes, decode, fake, grid
+from flute.flatquant.rounding import codes, decode, grid
 from flute.flatquant.sizes import factor_sizes
 from flute.flatquant.spec import PRESETS, FlatSpec
 from flute.integrations.flatblocks import blocks_of, shape_of
@@ -214,6 +215,66 @@ def test_rounding_passes_the_gradient() -> None:
     decode(codes(x, made, 4), made).sum().backward()
     assert x.grad is not None and torch.allclose(x.grad, torch.ones_like(x))
     assert fake(x, 16) is x
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("clamped", [True, False])
+def test_the_gradient_by_hand_is_autograds(bits: int, symmetric: bool, clamped: bool) -> None:
+    torch.manual_seed(bits)
+    start = torch.randn(40, 96) * torch.logspace(-3, 3, 40).unsqueeze(-1)
+    start[0] = start[0].abs()  # extremes on one side of zero
+    ratios, g = 0.6 + 0.4 * torch.rand(40, 2), torch.randn(40, 96)
+    found = []
+    for rounded in (
+        lambda x, clip: fake(x, bits, symmetric=symmetric, clip=clip, clamped=clamped),
+        lambda x, clip: _defined(x, clip, _Kind(bits, symmetric, torch.float32, clamped)),
+    ):
+        x, clip = start.clone().requires_grad_(), ratios.clone().requires_grad_()
+        y = rounded(x, clip)
+        y.backward(g)
+        found.append((y.detach(), x.grad, clip.grad))
+    (y, dx, dclip), (truth, true_dx, true_dclip) = found
+    assert torch.equal(y, truth)
+    for one, other in ((dx, true_dx), (dclip, true_dclip)):
+        assert one is not None and other is not None and other.abs().sum() > 0
+        scale = other.norm(dim=-1, keepdim=True)  # sums of a row, taken in another order
+        assert float(((one - other) / scale).abs().max()) < 1e-3
+
+
+def test_a_row_of_zeros_and_16_bit_numbers() -> None:
+    x = torch.zeros(3, 8, dtype=torch.bfloat16, requires_grad=True)
+    clip = torch.full((2,), 0.9, requires_grad=True)
+    y = fake(x, 4, clip=clip)
+    assert y.dtype == torch.bfloat16 and not y.any()
+    y.sum().backward()
+    assert x.grad is not None and x.grad.dtype == torch.bfloat16 and (x.grad == 1).all() and not clip.grad.any()
+    half = torch.randn(5, 8).bfloat16()
+    assert torch.equal(fake(half, 4), fake(half.float(), 4).bfloat16())
+
+
+class Kept:
+    """Bytes that autograd keeps for the backward pass."""
+
+    def __init__(self) -> None:
+        self.storages: dict[int, int] = {}
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+
+def test_nothing_but_x_is_kept() -> None:
+    x, clip = torch.randn(64, 512, requires_grad=True), torch.full((64, 2), 0.8, requires_grad=True)
+    for rounded, most in (
+        (lambda: fake(x, 4, clip=clip, clamped=True), 1.1),
+        (lambda: _defined(x, clip, _Kind(4, True, torch.float32, True)), 9),
+    ):
+        kept = Kept()
+        with torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor):
+            y = rounded()
+        assert most - 8 < sum(kept.storages.values()) / x.nbytes < most
+        del y
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -8,10 +8,12 @@ import pytest
 import tiny_models
 import torch
 
+from flute.commands import flatquant
 from flute.commands.flat_published import job_of, main, parser
 from flute.errors import CalibrationError, CheckpointError, FluteError, SpecError
+from flute.flatquant.fake import fake
 from flute.flatquant.matrices import Matrices
-from flute.flatquant.rounding import fake, grouped
+from flute.flatquant.rounding import grouped
 from flute.flatquant.spec import PRESETS, FlatSpec
 from flute.integrations.flatblocks import blocks_of
 from flute.methods.flat_folder import FlatJob, learn
@@ -148,3 +150,13 @@ def test_error_feedback_helps_every_grid(change: dict[str, Any]) -> None:
         apply(made, spec, matrices, real=False, **options)
         errors.append(float((made(windows).logits - truth).detach().norm()))
     assert max(errors[1:]) < errors[0] and errors[1] != errors[2]
+
+
+def test_a_gpu_learns_in_bfloat16_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked_for: list[bool] = []
+    monkeypatch.setattr(flatquant, "run", lambda model, output, job, *rest, **more: asked_for.append(job.schedule.amp))
+    for device, amp in (("cpu", None), ("cuda", None), ("cuda", False), ("cpu", True)):
+        flatquant.flatquant("tiny", Path("out"), device=device, amp=amp)
+    assert asked_for == [False, True, False, True]
+    for flags, amp in (("--device cpu", False), ("--device cuda", True), ("--device cuda --deactive_amp", False)):
+        assert asked(flags).schedule.amp == amp

@@ -205,23 +205,27 @@ def test_where_layers_stay_apart(launches: list[int]) -> None:
 
 
 @torch.no_grad()
-def test_copies_pickles_and_files(tmp_path: Path) -> None:
+def test_copies_pickles_and_files(tmp_path: Path, launches: list[int]) -> None:
     from safetensors.torch import load_file, save_file
 
     plain = Attention()
     module = fused(copy.deepcopy(plain))
     x = torch.randn(2, 96)
     alone = copy.deepcopy(module.k_proj)
-    assert alone.together is None and torch.equal(alone(x), plain.k_proj(x))
+    assert not alone.to(torch.float32).together.joined and torch.equal(alone(x), plain.k_proj(x))
     assert alone.weight.untyped_storage().nbytes() == alone.weight.nbytes
     copied = copy.deepcopy(module)
     module.q_proj.bias.add_(1)
-    assert equal(copied(x), plain(x)) and equal(fused(copied)(x), plain(x))
-    assert equal(pickle.loads(pickle.dumps(copied))(x), plain(x))
+    for made in (copied, copy.deepcopy(copied), pickle.loads(pickle.dumps(copied)), fused(copied)):
+        together = made.q_proj.together
+        assert together.joined and together is made.v_proj.together is not module.q_proj.together
+        launches.clear()
+        assert equal(made(x), plain(x)) and launches[0] == 120, "one launch for all of the copy"
     save_file(copied.state_dict(), tmp_path / "file")
     again = fused(Attention(dtype=torch.float32))
-    again.load_state_dict(load_file(tmp_path / "file"))
-    assert again.q_proj.together.joined and equal(again(x), plain(x)) and equal_states(again, plain)
+    for assign in (False, True):
+        again.load_state_dict(load_file(tmp_path / "file"), assign=assign)
+        assert again.q_proj.together.joined and equal(again(x), plain(x)) and equal_states(again, plain)
 
 
 @torch.no_grad()

@@ -1,15 +1,19 @@
 """Layers of one activation multiplied together: the same bits as apart; a FlatQuant block as one compiled graph."""
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
 import torch
+from tiny_models import equal_states
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoConfig
 
 from flute.bench import decoder
 from flute.bench.flat import flat_model, flat_spec
-from flute.flatquant.joint import join, joint_product, products
+from flute.flatquant.joint import Joint, join, joint_product, products
 from flute.flatquant.modules import Codes, IntLinear
 from flute.integrations.flatblocks import blocks_of, int4_cache
 from flute.kernels.integer import pack_nibbles
@@ -50,6 +54,42 @@ def test_together_as_apart(bits: int, bias: bool) -> None:
         assert all(map(torch.equal, products(made, [given]), wanted))
     for layer, state in zip(made, before, strict=True):
         assert all(torch.equal(tensor, state[name]) for name, tensor in layer.state_dict().items())
+
+
+class Owner(Joint):
+    joint, anywhere = ("first", "second", "third"), True
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, layer in zip(self.joint, layers((32, 16, 12), 4, bias=True), strict=True):
+            self.add_module(name, layer)
+
+    def is_joined(self) -> bool:
+        held = [[getattr(self.get_submodule(name), part).detach() for name in self.joint]
+                for part in ("weight", "weight_scale", "bias")]  # fmt: skip
+        return all(neighbours(each) is not None for each in held)
+
+
+def test_layers_stay_together() -> None:
+    """Whatever gives them other memory: moves, casts, states, copies, pickles."""
+    owner, other = Owner(), Owner()
+    assert not owner.is_joined()
+    state = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    for made in (
+        owner.half(),
+        copy.deepcopy(owner),
+        pickle.loads(pickle.dumps(owner)),
+        copy.deepcopy(nn.ModuleList([owner]))[0],
+    ):
+        assert made.is_joined() and equal_states(made, owner)
+    for assign in (False, True):
+        owner.load_state_dict(state, assign=assign)
+        assert owner.is_joined() and equal_states(owner, other)
+        owner.second.load_state_dict(Owner().second.state_dict())
+        assert owner.is_joined(), "a layer's state by itself is loaded in place"
+    owner.second.weight_scale = nn.Parameter(torch.ones(16, device="meta"))
+    owner.join()  # on two devices there is nothing to lay together
+    assert not owner.is_joined()
 
 
 def test_no_tokens() -> None:
@@ -143,15 +183,29 @@ def test_joint_layers_on_a_gpu(bits: int, m: int) -> None:
     assert all(map(torch.equal, together, apart)) and all(map(torch.equal, [y.cpu() for y in together], here))
 
 
+def joined(model: Any) -> bool:
+    return all(
+        neighbours([part.get_submodule(name).weight.detach() for name in part.joint]) is not None
+        for part in model.modules()
+        if isinstance(part, Joint)
+    )
+
+
 @pytest.mark.gpu
 @torch.no_grad()
 def test_joint_models_on_a_gpu() -> None:
-    """Loaded or moved, q, k, v and gate, up are neighbours; a moved model has the same tensors."""
-    model = random_model(dtype=torch.float16)
+    """Moved, copied, or with another state, q, k, v and gate, up are neighbours; and the tensors are what they were."""
+    model, ids = random_model(dtype=torch.float16), torch.zeros(1, 4, dtype=torch.long, device="cuda")
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.cuda()
-    for block in blocks_of(model)[1]:
-        for names, owner in ((("q_proj", "k_proj", "v_proj"), block.self_attn), (("gate_proj", "up_proj"), block.mlp)):
-            assert neighbours([owner.get_submodule(name).weight.detach() for name in names]) is not None
-    assert all(torch.equal(tensor.cpu(), state[name]) for name, tensor in model.state_dict().items())
-    assert torch.isfinite(model(torch.zeros(1, 4, dtype=torch.long, device="cuda")).logits).all()
+    assert joined(model)
+    wanted = model(ids).logits
+    assert torch.isfinite(wanted).all()
+    copied = copy.deepcopy(model)
+    for assign in (False, True):
+        where = [part.weight.data_ptr() for part in model.modules() if isinstance(part, IntLinear)]
+        model.load_state_dict({name: tensor.cuda() for name, tensor in state.items()}, assign=assign)
+        assert assign or where == [part.weight.data_ptr() for part in model.modules() if isinstance(part, IntLinear)]
+        for each in (model, copied, copy.deepcopy(model)):
+            assert joined(each) and torch.equal(each(ids).logits, wanted)
+            assert all(torch.equal(tensor.cpu(), state[name]) for name, tensor in each.state_dict().items())

@@ -15,6 +15,7 @@ from ..errors import FluteError
 _READ: dict[str, Callable[[str], Any]] = {
     "int": int,
     "str": str,
+    "float": float,
     "float | None": lambda text: float(text) if text else None,
 }
 

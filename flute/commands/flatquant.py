@@ -50,7 +50,10 @@ def flatquant(
         Path | None, typer.Option(metavar="FILE", help="Take matrices of an earlier run, or a flat_matrices.pth.")
     ] = None,
     save_matrices: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the matrices here too.")] = None,
-    amp: Annotated[bool, typer.Option("--amp", help="Run blocks in bfloat16 while learning.")] = False,
+    amp: Annotated[
+        bool | None,
+        typer.Option("--amp/--no-amp", help="Run blocks in bfloat16 while learning; a GPU does.", show_default=False),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Which windows are drawn.")] = 0,
     device: DeviceOption = "cpu",
     threads: ThreadsOption = 0,
@@ -76,8 +79,8 @@ def flatquant(
         raise FluteError(f"--preset {preset}: use one of {', '.join(PRESETS)}")
     spec = replace(PRESETS[preset], separate_clips=separate_clips, key_offset=key_offset)
     job = FlatJob(
-        spec, Start(factors=start), Schedule(epochs, lr, amp=amp), samples, window, batch, seed,
-        Feedback() if gptq else None, matrices,
+        spec, Start(factors=start), Schedule(epochs, lr, amp=device == "cuda" if amp is None else amp), samples, window,
+        batch, seed, Feedback() if gptq else None, matrices,
     )  # fmt: skip
     texts = {str(path): read_text(path) for path in calibration or []}
     run(model, output, job, texts, device=device, force=force, save_to=save_matrices, quiet=quiet)

@@ -8,7 +8,7 @@ matrices behind a diagonal, so applying it costs n (n1 + n2) products per token 
 ``sizes``     n = n1 n2
 ``factors``   the small matrices as they are learned: orthogonal, diagonal, orthogonal
 ``initial``   where they begin: closed form from second moments, or Hadamard
-``rounding``  symmetric and asymmetric grids, exact, and with a straight-through gradient
+``rounding``  symmetric and asymmetric grids, exact; ``fake`` to them and back, with a straight-through gradient
 ``modules``   what runs: transforms in front of layers, keys and values, integer layers
 ``learned``   everything that is learned of a block, and its fold into weights and norms
 """

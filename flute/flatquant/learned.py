@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from .factors import Factor, Pair, Parts, pairs
+from .fake import fake
 from .fold import FACTORS_OF, SITE_OF, BlockShape, Tensors, fold, key_offset, online, parameter_of_clip
 from .matrices import Matrices
-from .rounding import clipped_rows, fake, grouped
+from .rounding import clipped_rows, grouped
 from .spec import FlatSpec
 
 _CLIP_START = 4.0
@@ -64,7 +65,8 @@ class Learned(nn.Module):
         for name in SITE_OF if clip_weights else ():
             if spec.weight_bits(name) < 16:
                 self.row_clips[_key(name)] = _logits(rows_of(shape, name))
-        self.to(device)
+        if device is not None:
+            self.to(device)
 
     def groups(self, lr: float) -> list[dict[str, Any]]:
         """Parameters for the optimizer: clips learn ten times as fast; nothing decays."""
@@ -96,10 +98,15 @@ class Learned(nn.Module):
             found |= key_offset(made, self.key_mean)
         ratios = self.row_ratios()
         for name in SITE_OF:
-            rows = grouped(clipped_rows(found[f"{name}.weight"], ratios.get(name)), self.spec.w_groupsize)
-            rounded = fake(rows, self.spec.weight_bits(name), symmetric=not self.spec.w_asym)
-            found[f"{name}.weight"] = rounded.flatten(1)
+            found[f"{name}.weight"] = self._rounded(name, found[f"{name}.weight"], ratios.get(name))
         return found
+
+    def _rounded(self, name: str, weight: torch.Tensor, clip: torch.Tensor | None) -> torch.Tensor:
+        bits, symmetric = self.spec.weight_bits(name), not self.spec.w_asym
+        if self.spec.w_groupsize < 0:
+            return fake(weight, bits, symmetric=symmetric, clip=clip, clamped=True)
+        groups = grouped(clipped_rows(weight, clip), self.spec.w_groupsize)  # clips are the row's, grids the groups'
+        return fake(groups, bits, symmetric=symmetric).flatten(1)
 
     @torch.no_grad()
     def matrices(self) -> Matrices:

@@ -18,7 +18,8 @@ from ..kernels.heads import turn_heads, turned
 from ..kernels.integer import int_linear, pack_nibbles, unpack_nibbles
 from ..kernels.pieces import arrange, restore
 from ..kernels.tokens import kronecker, kronecker_quantize, transform
-from .rounding import Grid, fake
+from .fake import fake
+from .rounding import Grid
 
 
 class Codes(NamedTuple):
@@ -324,12 +325,23 @@ class IntLinear(_KeepsFloat32):
         destination[prefix + "weight"] = self.stored()
 
     def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
+        parameter, held = self.weight, self.weight.data
         self.weight.data = self.stored()
         super()._load_from_state_dict(*arguments, **keywords)
         self.arrange()
+        if self.weight is parameter and held.dim() == 3:  # in place, as of any tensor: neighbours and graphs find it
+            self.weight.data = held.copy_(self.weight.data)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
+
+
+def freeze(model: nn.Module) -> None:
+    """Nothing that was calibrated is trained by the model's owner: no integer, scale, transform or clip, nor the biases
+    of integer layers. Whoever loads a model makes new parameters, which would be."""
+    for part in model.modules():
+        if isinstance(part, _KeepsFloat32):
+            part.requires_grad_(False)
 
 
 @contextmanager

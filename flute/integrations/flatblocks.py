@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import IntegrationError
 from ..flatquant.fold import MODULE_OF, SITE_OF, BlockShape
-from ..flatquant.joint import join, joint_product, products
+from ..flatquant.joint import Joint, joint_product, products
 from ..flatquant.learned import clips, rows_of, site_bits
 from ..flatquant.modules import DeferredNorm, Heads, IntLinear, Site
 from ..flatquant.sizes import factor_sizes
@@ -31,7 +31,7 @@ _TOLERANCE = 1e-4  # relative, float32
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
-class FlatAttention(nn.Module):
+class FlatAttention(Joint):
     """Attention whose inputs, keys, values and output go through transforms.
 
     Keys and values are transformed and rounded before they reach a cache, so any of transformers' caches holds what the
@@ -41,6 +41,7 @@ class FlatAttention(nn.Module):
         attention: the module to take over. shape: of the block. modules: `Site`s and `Heads` by their names here.
     """
 
+    joint = ("q_proj", "k_proj", "v_proj")
     input_transform: Site
     output_transform: Site
     heads: Heads
@@ -92,19 +93,11 @@ class FlatAttention(nn.Module):
         out = out.reshape(*hidden_states.shape[:-1], -1).contiguous()
         return self.o_proj(self.output_transform(out)[0]), weights
 
-    def join(self) -> None:
-        """Lay q, k and v together in memory; to be called when their weights are in place."""
-        join((self.q_proj, self.k_proj, self.v_proj))
 
-    def _apply(self, *arguments: Any, **keywords: Any) -> FlatAttention:
-        super()._apply(*arguments, **keywords)
-        self.join()
-        return self
-
-
-class FlatMLP(nn.Module):
+class FlatMLP(Joint):
     """down(act(gate(x)) * up(x)) whose two inputs go through transforms; the second does SiLU and product, too."""
 
+    joint = ("gate_proj", "up_proj")
     input_transform: Site
     down_transform: Site
     gate_proj: nn.Module
@@ -128,15 +121,6 @@ class FlatMLP(nn.Module):
             gate, up = products(layers, inputs)
             made = self.down_transform(self.act_fn(gate) * up)
         return self.down_proj(made[0])
-
-    def join(self) -> None:
-        """Lay gate and up together in memory; to be called when their weights are in place."""
-        join((self.gate_proj, self.up_proj))
-
-    def _apply(self, *arguments: Any, **keywords: Any) -> FlatMLP:
-        super()._apply(*arguments, **keywords)
-        self.join()
-        return self
 
 
 def _eager(

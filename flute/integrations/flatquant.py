@@ -102,9 +102,9 @@ class FlatQuantHfQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        from ..flatquant.modules import IntLinear
+        from ..flatquant.joint import Joint
+        from ..flatquant.modules import IntLinear, freeze
         from ..linear import LutLinear
-        from .flatblocks import FlatAttention, FlatMLP
         from .loading import finish_layer
 
         for name, layer in model.named_modules():
@@ -113,8 +113,9 @@ class FlatQuantHfQuantizer(HfQuantizer):
             elif isinstance(layer, IntLinear):
                 layer.arrange()
         for layer in model.modules():
-            if isinstance(layer, (FlatAttention, FlatMLP)):
+            if isinstance(layer, Joint):
                 layer.join()
+        freeze(model)
         _attach(model, self.quantization_config.spec, dense=False)
         return model
 

@@ -25,9 +25,11 @@ _library.define(
 
 
 def lay_together(tensors: Sequence[torch.Tensor], rows: Sequence[int]) -> None:
-    """Make neighbours of parameters of layers with so many ``rows``, in place, if tiles of 16 rows allow it."""
+    """Make neighbours of parameters of layers with so many ``rows``, in place, if tiles of 16 rows allow it and they
+    are of one dtype on one device."""
     plain = [tensor.detach() for tensor in tensors]
-    if any(n % TILE_ROWS for n in rows[:-1]) or neighbours(plain) is not None:
+    unlike = len({(tensor.device, tensor.dtype) for tensor in plain}) > 1
+    if unlike or any(n % TILE_ROWS for n in rows[:-1]) or neighbours(plain) is not None:
         return
     whole = torch.cat(plain)
     for tensor, part in zip(tensors, whole.split([len(one) for one in plain]), strict=True):

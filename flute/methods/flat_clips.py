@@ -11,9 +11,10 @@ from functools import partial
 
 import torch
 
+from ..flatquant.fake import fake
 from ..flatquant.fold import FACTORS_OF, SITE_OF, Tensors, fold
 from ..flatquant.learned import Learned, site_bits
-from ..flatquant.rounding import clipped_rows, fake, grouped
+from ..flatquant.rounding import clipped_rows, grouped
 from ..flatquant.spec import FlatSpec
 from ..kernels.tokens import transform
 from .flat_start import Seen

@@ -89,11 +89,11 @@ class Job:
         return self._squared(learned.tensors(self.dense), index)
 
     def _squared(self, tensors: Tensors, index: int) -> torch.Tensor:
-        given = (self.hidden[index].to(self.device), *self.call.arguments)
+        given = (self.hidden[index].to(self.device, non_blocking=True), *self.call.arguments)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             output = functional_call(self.block, tensors, given, self.call.keywords)
         output = output[0] if isinstance(output, tuple) else output
-        return (output.float() - self.truth[index].to(self.device)).square().mean()
+        return (output.float() - self.truth[index].to(self.device, non_blocking=True)).square().mean()
 
     @torch.no_grad()
     def error(self, learned: Learned) -> float:

@@ -84,11 +84,12 @@ def calibrate(
         "spec": spec.to_dict(), "start": asdict(start), "schedule": asdict(schedule), "batch": batch,
         "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest(), "model": _digest(model),
     }  # fmt: skip
-    report, found, hidden = FlatReport(), [], stack.hidden
+    home = stack.hidden[0].device
+    report, found, hidden = FlatReport(), [], [_kept(part.to(where), home) for part in stack.hidden]
     for index, (original, recorded) in enumerate(zip(stack.blocks, stack.calls, strict=True)):
-        call, home = to_device(recorded, where), hidden[0].device
+        call = to_device(recorded, where)
         block = copy.deepcopy(original).to(where, torch.float32)
-        truth = [run_block(block, part.to(where), call).to(home) for part in hidden]
+        truth = [_kept(run_block(block, part.to(where), call), home) for part in hidden]
         kept = _load(state, index, job)
         if kept is None:
             done = partial(within, on_step, index, len(stack.blocks))
@@ -99,6 +100,13 @@ def calibrate(
         hidden = truth
         del block
     return found, report
+
+
+def _kept(hidden: torch.Tensor, home: torch.device) -> torch.Tensor:
+    """``hidden`` where it waits for its turn; in host memory that a GPU reads without the host's help."""
+    if hidden.is_cuda and home.type == "cpu":
+        return torch.empty_like(hidden, device=home, pin_memory=True).copy_(hidden)
+    return hidden.to(home)
 
 
 def _recorded(

@@ -1,0 +1,56 @@
+"""The benchmark of calibration, at shapes that a CPU does in seconds."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from benchmarks import flatquant_calibration, flatquant_traffic
+from benchmarks.flatquant_calibration import Row, random_folder
+from flute.bench.results import read_rows
+from flute.flatquant.spec import PRESETS
+
+
+def config() -> AutoConfig:
+    return AutoConfig.for_model(
+        "llama", hidden_size=64, intermediate_size=96, num_hidden_layers=5, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, vocab_size=4096, max_position_embeddings=64, tie_word_embeddings=True,
+    )  # fmt: skip
+
+
+def test_a_random_folder_loads(tmp_path: Path) -> None:
+    random_folder(config(), tmp_path, "cpu")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    weight = model.model.layers[4].mlp.down_proj.weight
+    assert (
+        float(weight.detach().std()) == pytest.approx(0.02, rel=0.1)
+        and model.lm_head.weight is model.model.embed_tokens.weight
+    )
+    assert (model.model.norm.weight == 1).all()
+
+
+def test_calibration_is_timed_and_projected(tmp_path: Path) -> None:
+    config().save_pretrained(tmp_path / "small")
+    out = tmp_path / "rows.csv"
+    flags = "--layers 3 --nsamples 4 --window 16 --cali_bsz 2 --epoch 2"
+    flatquant_calibration.main([str(tmp_path / "small"), *flags.split(), "-o", str(out)])
+    origin, (row,) = read_rows(out, Row)
+    assert f"benchmarks.flatquant_calibration {tmp_path / 'small'} --layers 3" in origin
+    assert (row.model, row.blocks, row.full_blocks, row.arithmetic) == ("small", 3, 5, "float32")
+    assert (row.samples, row.window, row.batch, row.epochs, row.gpu_allocated_gb) == (4, 16, 2, 2, None)
+    assert row.step_ms == pytest.approx(1e3 * row.block_seconds / 4, rel=1e-3) and row.host_gb > 0.1
+    assert row.projected_minutes * 60 == pytest.approx(5 * row.block_seconds + row.rest_seconds * 5 / 3, rel=1e-3)
+
+
+def test_a_step_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Products by hand: each weight meets each token forwards and twice backwards."""
+    layers = 3 * 2 * (4 * 32) * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 96)
+    attention = 2 * 2 * (4 * 4) * 32 * 32 * 16
+    found = flatquant_traffic.count(config(), PRESETS["w4a4kv4"], 4, 32, amp=False)
+    assert layers + attention < found.flop["float32"] < 2 * layers  # transforms of layers as small as these count, too
+    config().save_pretrained(tmp_path)
+    flatquant_traffic.main([str(tmp_path), "--window", "32", "--amp"])
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[-1] for line in printed] == ["float32", "bfloat16", "products", "operators", "launches", "once"]
+    assert layers < 1e12 * float(printed[1][0]) < found.flop["float32"]
