@@ -127,7 +127,8 @@ def vllm(arguments: list[str]) -> None:
         run(python, "-m", "pip", "uninstall", "-q", "-y", *VLLM_UNFIT)
         run(python, "-m", "pip", "install", "-q", "--editable", ".")
         stamp.write_text(VLLM)
-    run(PYTHON, "-m", "pytest", "-v", "tests/test_vllm.py", *arguments, env={"FLUTE_VLLM_PYTHON": str(python)})
+    files = ("tests/test_vllm.py", "tests/test_vllm_flat.py")
+    run(PYTHON, "-m", "pytest", "-v", *files, *arguments, env={"FLUTE_VLLM_PYTHON": str(python)})
 
 
 def check(arguments: list[str]) -> None:

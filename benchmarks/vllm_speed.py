@@ -1,4 +1,4 @@
-"""Tokens per second of vLLM with dense fp16, Machete W4A16 (g128) and our nf4 and nf3 (g64), in one run, as one CSV.
+"""Tokens per second of vLLM with dense fp16, Machete W4A16 (g128), our nf4 and nf3 (g64) and FlatQuant, in one run.
 
     python benchmarks/vllm_speed.py --output benchmarks/results/vllm_h100.csv
 
@@ -30,6 +30,7 @@ from typing import Any
 from flute.bench.machine import describe
 from flute.bench.results import write_rows
 from flute.config import ModelSpec
+from flute.flatquant.spec import FlatSpec
 from flute.spec import QuantSpec
 
 BATCHES = (1, 8, 32, 64, 128)
@@ -55,6 +56,8 @@ CONTESTANTS: dict[str, dict[str, Any] | None] = {
     "nf4_g64": ModelSpec(QuantSpec(4, 64, "nf4"), modules_to_not_convert=("lm_head",)).to_dict(),
     "machete_w4a16_g128": MACHETE,
     "nf3_g64": ModelSpec(QuantSpec(3, 64, "nf3"), modules_to_not_convert=("lm_head",)).to_dict(),
+    "flatquant_w4a8": FlatSpec(a_bits=8).to_dict(),  # W4A4 is the same kernels
+    "flatquant_w4a16": FlatSpec(a_bits=16).to_dict(),
 }
 
 

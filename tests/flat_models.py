@@ -20,9 +20,15 @@ def save(folder: Path, model: Any, spec: FlatSpec, matrices: list[Matrices]) -> 
     model.save_pretrained(folder)
 
 
-def save_calibrated(folder: Path, spec: FlatSpec, windows: torch.Tensor, family: str, **options: Any) -> Any:
-    """A tiny model of ``family`` in float16, with the transforms that calibration begins with; returns it."""
+def save_calibrated(
+    folder: Path, spec: FlatSpec, windows: torch.Tensor, family: str, calm: float = 1.0, **options: Any
+) -> Any:
+    """A tiny model of ``family`` in float16, its projections ``calm`` times as large, with the transforms that
+    calibration begins with; returns it."""
     model = tiny_models.build(family, **options)
+    for name, parameter in model.named_parameters():
+        if "proj" in name:
+            parameter.data.mul_(calm)
     matrices, _ = calibrate(model, spec, windows, None, Schedule(epochs=0), batch=2)
     for parameter in model.parameters():
         parameter.data = parameter.data.half()

@@ -81,7 +81,12 @@ NOT_RUN: dict[str, dict[str, str]] = {
         "-o quality.csv --plot": GPU,
     },
     "docs/quickstart.md": {"pip install .": INSTALLS, "vllm serve OUT": VLLM, "pip install '.[peft]'": INSTALLS},
-    "docs/serving.md": {"vllm serve DIR": VLLM, "vllm serve DIR --tensor-parallel-size 2": VLLM},
+    "docs/serving.md": {
+        "vllm serve DIR": VLLM,
+        "vllm serve DIR --tensor-parallel-size 2": VLLM,
+        "flute flatquant MODEL -o FLAT --calibration wiki.train.raw --preset w4a8kv4": "is run in docs/flatquant.md",
+        "vllm serve FLAT": VLLM,
+    },
     "docs/transformers-higgs.md": {"from transformers import AutoModelForCausalLM, HiggsConfig": GPU},
     "docs/tuning.md": {
         "flute tune MODEL": GPU,

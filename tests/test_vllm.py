@@ -108,12 +108,14 @@ def made(folder: Path, kind: str) -> str:
     return str(folder / "quantized")
 
 
-def generated(folders: list[str], ranks: int = 1, **options: Any) -> list[Any]:
-    """Greedy tokens that vLLM generates with each checkpoint, or the error it ends with."""
+def generated(folders: list[str], ranks: int = 1, *, scores: bool = False, **options: Any) -> list[Any]:
+    """Greedy tokens that vLLM generates with each checkpoint, or log-probabilities of the prompts, or the error it ends
+    with."""
     job = {
         "folders": folders,
         "prompts": prompt().tolist(),
         "tokens": 12,
+        "scores": scores,
         "options": {"dtype": "float32", "enforce_eager": True, "tensor_parallel_size": ranks, **options},
     }
     changes = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if ranks == 1 else {}
@@ -183,10 +185,11 @@ def test_refusals(tmp_path: Path) -> None:
         print(error)
 
 
-def test_another_version() -> None:
+@pytest.mark.parametrize("method", ["flute", "flatquant"])
+def test_another_version(method: str) -> None:
     code = "import vllm; vllm.__version__ = '0.99.0'; from flute.integrations.vllm import register; register()\n"
     code += "from vllm.model_executor.layers.quantization import get_quantization_config as get\n"
-    code += "get('flute').from_config({})"
+    code += f"get({method!r}).from_config({{}})"
     done = subprocess.run([PYTHON, "-c", code], capture_output=True, text=True, env=environment(1))
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode
@@ -194,14 +197,15 @@ def test_another_version() -> None:
 
 
 @pytest.mark.parametrize("sources", ["", os.environ.get("FLUTE_VLLM_SOURCES", "another version")])
-def test_layers(sources: str) -> None:
+@pytest.mark.parametrize(("script", "count"), [("vllm_layers.py", 8), ("vllm_flat_layers.py", 6)])
+def test_layers(script: str, count: int, sources: str) -> None:
     """One by one, of the vLLM installed there and of another one, of which its unpacked wheel is enough."""
     if sources == "another version":
         pytest.skip("needs another version of vLLM: FLUTE_VLLM_SOURCES, a folder with its unpacked wheel")
-    command = [PYTHON, str(ROOT / "tests" / "vllm_layers.py"), *([sources] if sources else [])]
+    command = [PYTHON, str(ROOT / "tests" / script), *([sources] if sources else [])]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(1))
     lines = [line for line in done.stdout.splitlines() if line.startswith("vLLM ")]
-    assert done.returncode == 0 and len(lines) == 8, done.stderr[-3000:]
+    assert done.returncode == 0 and len(lines) == count, done.stderr[-3000:]
     print(*lines, sep="\n")
 
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 import flute
 from flute import QuantSpec, dequantize, quantize
 from flute.config import ModelSpec
-from flute.errors import SpecError
+from flute.errors import IntegrationError, SpecError
 from flute.experts import LutExperts
 from flute.integrations.vllm import NAMES, slicing, supported
-from flute.integrations.vllm.names import expert_specs, linear_specs
+from flute.integrations.vllm.names import expert_specs, flat_renames, flat_site, flat_transform, linear_specs
 from flute.packing import pack_codes, unpack_codes
 from flute.quantize import Quantized
 from flute.zero_experts import lut_experts
@@ -135,6 +135,49 @@ def test_layers_of_a_module() -> None:
 def test_half_a_module() -> None:
     with pytest.raises(SpecError, match=r"'a\.qkv_proj': a\.k_proj is dense and a\.q_proj, a\.v_proj is quantized"):
         linear_specs(ModelSpec(modules_to_not_convert=("*.k_proj",)), PACKED, "a.qkv_proj")
+
+
+@pytest.mark.parametrize(
+    ("module", "site", "transform"),
+    [
+        ("self_attn.qkv_proj", "attn", "self_attn.input_transform"),
+        ("self_attn.o_proj", "out", "self_attn.output_transform"),
+        ("mlp.gate_up_proj", "mlp", "mlp.input_transform"),
+        ("mlp.down_proj", "down", "mlp.down_transform"),
+    ],
+)
+def test_transform_of_a_module(module: str, site: str, transform: str) -> None:
+    prefix = f"model.layers.3.{module}"
+    assert flat_site(PACKED, prefix) == site
+    assert flat_transform(prefix, site) == f"model.layers.3.{transform}"
+    for part in ("left", "right", "clip"):
+        assert renamed(f"model.layers.3.{transform}.{part}") == f"{prefix}.transform.{part}"
+
+
+def renamed(name: str) -> str | None:
+    """As vLLM's loader does it: rule by rule, twice, since loaders are nested."""
+    for pattern, new in [*flat_renames().items()] * 2:
+        if pattern.search(name):
+            if new is None:
+                return None
+            name = pattern.sub(new, name)
+    return name
+
+
+def test_tensors_of_heads() -> None:
+    """Values' transform is o_proj's right factor; what is for keys and queries has no place."""
+    assert renamed("model.layers.0.self_attn.heads.value") == "model.layers.0.self_attn.o_proj.transform.right"
+    for name in ("key", "query", "offset", "q_clip", "k_clip", "v_clip"):
+        assert renamed(f"model.layers.0.self_attn.heads.{name}") is None
+    for name in ("self_attn.q_proj.weight", "mlp.down_proj.weight_scale", "self_attn.q_norm.weight"):
+        assert renamed(name) == name
+
+
+def test_modules_without_a_transform() -> None:
+    assert flat_site(PACKED, "lm_head") is None
+    assert flat_site(PACKED, "model.layers.0.mlp.gate") is None
+    with pytest.raises(IntegrationError, match=r"'model\.layers\.0\.self_attn\.k_proj': .* q, k and v as one module"):
+        flat_site(PACKED, "model.layers.0.self_attn.k_proj")
 
 
 # ---- which vLLM, and the wrapper -------------------------------------------------------------------------------------

@@ -1,36 +1,18 @@
 """Run by vLLM's own Python (see test_vllm.py): its layers, one by one, load weights and multiply with them.
 
-``vllm_layers.py [SOURCES]``: the Python files of another version of vLLM, without compiled parts, from that folder (an
-unpacked wheel). A GPU's version is so tried on a CPU.
+``vllm_layers.py [SOURCES]``, as `vllm_sources` takes them.
 """
 
-import importlib.metadata
-import os
-import re
-import sys
-import tempfile
-
 import torch
-
-if len(sys.argv) > 1:
-    sys.path.insert(0, sys.argv[1])
-    (found,) = [name for name in os.listdir(sys.argv[1]) if re.fullmatch(r"vllm-.*\.dist-info", name)]
-    number, plain = found.removeprefix("vllm-").removesuffix(".dist-info"), importlib.metadata.version
-    importlib.metadata.version = lambda name: f"{number}+cpu" if name == "vllm" else plain(name)
-
-import vllm
-from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.distributed import init_distributed_environment, initialize_model_parallel
+from vllm_sources import PACKED, one_rank, say
 
 import flute
 from flute import QuantSpec
 from flute.config import ModelSpec
-from flute.integrations.vllm import register
 from flute.packing import pack_codes
 
 FOUR, THREE, OWN = QuantSpec(4, 32, "nf4"), QuantSpec(3, 32, "nf3"), QuantSpec(4, 32, "custom")
 ZEROS = QuantSpec(4, 32, "int4", zero_points=True)
-PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 TABLE = torch.linspace(-1, 1, 16)
 
 
@@ -83,7 +65,7 @@ def linears(config: object) -> None:
         x, dense = torch.randn(3, 128), torch.cat([part[2] for part in parts.values()])
         y = layer.quant_method.apply(layer, x)[:, : len(dense)]
         check(y, x @ dense.T)
-        print(f"vLLM {vllm.__version__}: {type(layer).__name__}, {len(layer.runs)} launch(es)")
+        say(f"{type(layer).__name__}, {len(layer.runs)} launch(es)")
 
 
 def experts(config: object, prefix: str, *, zeros: bool) -> None:
@@ -110,12 +92,11 @@ def experts(config: object, prefix: str, *, zeros: bool) -> None:
         expected[token] += shares[token, place] * (down @ inner)
     y = layer.forward_modular(x=x, topk_weights=shares, topk_ids=chosen, shared_experts=None, shared_experts_input=None)
     check(y, expected)
-    print(f"vLLM {vllm.__version__}: {type(layer).__name__}, {type(layer.lut).__name__}")
+    say(f"{type(layer).__name__}, {type(layer.lut).__name__}")
 
 
 def main() -> None:
     torch.manual_seed(0)
-    register()
     asymmetric = {"table": "int4", "zero_points": True}
     overrides = {
         "b.q_proj": asymmetric,
@@ -125,9 +106,7 @@ def main() -> None:
         "*.experts.down_proj": {"bits": 3},
         "z.experts.gate_up_proj": asymmetric,
     }
-    with set_current_vllm_config(VllmConfig()), tempfile.TemporaryDirectory() as folder:
-        init_distributed_environment(1, 0, f"file://{folder}/meet", 0, "gloo")
-        initialize_model_parallel(1, 1)
+    with one_rank():
         from vllm.model_executor.layers.quantization import get_quantization_config
 
         record = ModelSpec(FOUR, overrides, lm_head=True, experts=True)

@@ -281,10 +281,14 @@ class IntLinear(_KeepsFloat32):
 
     def forward(self, x: Codes) -> torch.Tensor:
         """(..., N) in the activation's dtype."""
+        return self.product(x, self.bias)
+
+    def product(self, x: Codes, bias: torch.Tensor | None) -> torch.Tensor:
+        """The same with another bias (N,), or None."""
         zero, sums = x.zero, self.row_sum
         if self.weight_zero is not None:
             zero, sums = x.codes.sum(-1, dtype=torch.int32), self.weight_zero
-        y = int_linear(x.codes, x.scale, self.weight, self.weight_scale, self.bias, x.like.dtype, zero, sums)
+        y = int_linear(x.codes, x.scale, self.weight, self.weight_scale, bias, x.like.dtype, zero, sums)
         return y.view(*x.like.shape[:-1], self.out_features)
 
     def store(self, units: torch.Tensor, made: Grid) -> None:

@@ -45,7 +45,10 @@ _SHELL = {
         "flute inspect {name}        # layer by layer",
         "vllm serve {name}           # vLLM finds flute's plugin by itself",
     ),
-    FLATQUANT: ('flute generate {name} --prompt "The lookup table"',),
+    FLATQUANT: (
+        'flute generate {name} --prompt "The lookup table"',
+        "vllm serve {name}           # keys and values in 16 bits; vLLM finds flute's plugin by itself",
+    ),
 }
 
 

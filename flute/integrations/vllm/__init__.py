@@ -1,11 +1,11 @@
 """vLLM serves our checkpoints: an out-of-tree plugin, found through the entry point ``vllm.general_plugins``.
 
-    vllm serve DIR                                       config.json says quant_method "flute": no flag is needed
+    vllm serve DIR                                       config.json says "flute" or "flatquant": no flag is needed
     python -m flute.integrations.vllm MODULE ARGUMENTS   upstream's wrapper: the same, for any module of vLLM
 
 `register` is called in the front end, in the engine and in every worker, so it is quick and may be called again. Only
-`config` and what it loads import vLLM. Versions outside `SUPPORTED` are left alone until somebody wants to serve one of
-our checkpoints with them: that is refused in one line, by `refused`.
+`config`, `flat_config` and what they load import vLLM. Versions outside `SUPPORTED` are left alone until somebody wants
+to serve one of our checkpoints with them: that is refused in one line, by `refused`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ def supported(version: str) -> bool:
 
 
 def register() -> None:
-    """Make ``flute`` one of vLLM's quantization methods, in this process."""
-    module = "config" if supported(importlib.import_module("vllm").__version__) else "refused"
-    importlib.import_module(f"{__name__}.{module}")
+    """Make ``flute`` and ``flatquant`` quantization methods of vLLM, in this process."""
+    known = supported(importlib.import_module("vllm").__version__)
+    for module in ("config", "flat_config") if known else ("refused",):
+        importlib.import_module(f"{__name__}.{module}")

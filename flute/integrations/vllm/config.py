@@ -21,8 +21,27 @@ from ...errors import IntegrationError
 from .names import expert_specs, linear_specs
 
 
+class OwnConfig(QuantizationConfig):
+    """What is the same for all our methods."""
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        """16 bits; on the CPU float32, too."""
+        return [torch.float16, torch.bfloat16, *([torch.float32] if current_platform.is_cpu() else [])]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Ampere."""
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """None: everything is in config.json."""
+        return []
+
+
 @register_quantization_config(QUANT_METHOD)
-class LutConfig(QuantizationConfig):
+class LutConfig(OwnConfig):
     """How a model is quantized.
 
     Args:
@@ -47,21 +66,6 @@ class LutConfig(QuantizationConfig):
     def get_name(cls) -> str:
         """flute."""
         return QUANT_METHOD
-
-    @classmethod
-    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
-        """16 bits; on the CPU float32, too."""
-        return [torch.float16, torch.bfloat16, *([torch.float32] if current_platform.is_cpu() else [])]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        """Ampere."""
-        return 80
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        """None: everything is in config.json."""
-        return []
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> LutConfig:

@@ -22,7 +22,7 @@ from ...linear import LutLinear
 from ...spec import CUSTOM_TABLE, QuantSpec
 from ...tables import named_table
 from ...zero_points import ZeroPointLinear, lut_linear
-from .parameters import Part, PartsParameter, TablesParameter, check_came, pair
+from .parameters import Part, PartsParameter, TablesParameter, check_came, fixed, pair
 from .slicing import runs, share
 
 
@@ -111,7 +111,7 @@ class LutLinearMethod(LinearMethodBase):
                 shares[first].in_features, len(codes), shares[first].spec, device="meta", dtype=scales.dtype
             )
             if isinstance(made, ZeroPointLinear):
-                made.zeros = _fixed(torch.cat([zeros.part(place) for place in places]))
+                made.zeros = fixed(torch.cat([zeros.part(place) for place in places]))
             layer.runs.append(_filled(made, codes, scaled, own[first]))
         layer.weight = layer.runs[0].weight  # LoRA and MLA ask every module for one
 
@@ -145,11 +145,7 @@ def _product(run: LutLinear, x: torch.Tensor, bias: torch.Tensor | None) -> torc
 
 def _filled(made: LutLinear, codes: torch.Tensor, scales: torch.Tensor, table: torch.Tensor | None) -> LutLinear:
     """The layer ``made`` with these codes (N, row_bytes), scales (N, G) and table, arranged for their device."""
-    made.weight, made.scales = _fixed(codes), _fixed(scales)
+    made.weight, made.scales = fixed(codes), fixed(scales)
     values = named_table(made.spec.table) if table is None else table.clone()
     made.table = values.to(device=codes.device, dtype=scales.dtype)
     return made.arrange()
-
-
-def _fixed(tensor: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)

@@ -28,6 +28,11 @@ def blank(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     return torch.full(tuple(shape), float("nan") if dtype.is_floating_point else 0, dtype=dtype)
 
 
+def fixed(tensor: torch.Tensor) -> nn.Parameter:
+    """What came, as a plain parameter."""
+    return nn.Parameter(tensor, requires_grad=False)
+
+
 class Part(NamedTuple):
     """One layer of the checkpoint in a module of vLLM.
 
@@ -116,6 +121,42 @@ class PartsParameter(BasevLLMParameter):
         """As vLLM calls it: q, k or v; ``num_heads`` neighbouring ranks have the same k and v."""
         share = self.tp_rank if shard_id == "q" else self.tp_rank // num_heads
         self._copy(self.starts.index(shard_offset), loaded_weight, share)
+
+
+class NumbersParameter(PartsParameter):
+    """A number for each row of a module's parts, (rows, 1); in the files (rows,). Arguments as of `PartsParameter`."""
+
+    def _copy(self, place: int, loaded: torch.Tensor, share: int) -> None:
+        super()._copy(place, loaded.unsqueeze(-1), share)
+
+
+class WholeParameter(nn.Parameter):
+    """A tensor of the checkpoint that every rank holds whole.
+
+    Args:
+        shape, dtype: of the buffer; what comes must have this shape, and float in the place of float.
+        name: of the tensor in the checkpoint, for messages.
+    """
+
+    def __new__(cls, shape: Sequence[int], dtype: torch.dtype, **_: Any) -> WholeParameter:
+        """The buffer, as a Parameter."""
+        return super().__new__(cls, blank(shape, dtype), requires_grad=False)
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, *, name: str) -> None:
+        self.owner, self.waiting = name, 1
+        self.weight_loader = _counting(self._load)
+
+    def held(self) -> Iterator[torch.Tensor]:
+        """Everything."""
+        yield self.data
+
+    def _load(self, _: nn.Parameter, loaded: torch.Tensor) -> None:
+        if loaded.shape != self.shape or loaded.is_floating_point() != self.is_floating_point():
+            raise CheckpointError(
+                f"tensor {self.owner!r}: the file has {tuple(loaded.shape)} of {loaded.dtype} where config.json "
+                f"promises {tuple(self.shape)} of {self.dtype}"
+            )
+        self.data.copy_(loaded)
 
 
 class TablesParameter(nn.Parameter):

@@ -1,4 +1,4 @@
-"""What ``--quantization flute`` and our checkpoints meet in a version of vLLM that the plugin does not know.
+"""What our names for ``--quantization`` and our checkpoints meet in a version of vLLM that the plugin does not know.
 
 Registered in the plugin's place, so that other models go on working, and ours say why they do not.
 """
@@ -11,11 +11,14 @@ import vllm
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
+from ...config import QUANT_METHOD
 from ...errors import IntegrationError
+from ...flatquant.spec import QUANT_METHOD as FLATQUANT
 from . import NAMES
 
 
-@register_quantization_config("flute")
+@register_quantization_config(QUANT_METHOD)
+@register_quantization_config(FLATQUANT)
 class RefusedConfig(QuantizationConfig):
     """Says which versions are supported."""
 
