@@ -4,6 +4,8 @@
 
 * ``transform``: [RMSNorm,] Kronecker transform, range, codes of M tokens, one launch; torch has no such operator.
 * ``linear``: int4 weights times int8 codes to float16, beside ``torch.nn.functional.linear`` in float16.
+* ``layer``: all of a layer's kernels in order, for M sequences; residuals are added by the products. What one launch
+  does to the next shows here only.
 * ``attention``: one token's keys and values appended and its queries answered, 2048 tokens of context, 32 query and 8
   key heads of 128, M sequences; beside SDPA over float16 keys and values (``enable_gqa``, no mask), without an append.
 
@@ -14,6 +16,7 @@ enough to lie in it, as in a model. CUDA graphs replayed in turns; medians.
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +29,9 @@ from flute.bench.results import write_rows
 from flute.bench.timing import compare, copies_beyond_l2
 from flute.kernels import pieces
 from flute.kernels.attention import Store, kv_append, kv_attention
+from flute.kernels.heads import turn_heads
 from flute.kernels.integer import int_linear
-from flute.kernels.tokens import kronecker_quantize
+from flute.kernels.tokens import Quantized, kronecker_quantize
 
 TOKENS = (1, 16, 64, 2048)
 # what, n1, n2, left, right, norm: input of q, k, v and of gate, up; of o; of down
@@ -104,6 +108,50 @@ def attentions() -> Iterator[Row]:
         yield Row("attention", f"context {CONTEXT}", batch, us, torch_us, torch_us / us)
 
 
+class Layer:
+    """A layer's weights and cache, drawn anew, for ``batch`` sequences of ``context`` tokens."""
+
+    def __init__(self, batch: int, context: int) -> None:
+        where = {"device": "cuda"}
+        self.products = [
+            (torch.randint(0, 256, pieces.shape(n, k, 4), dtype=torch.uint8, **where), torch.rand(n, **where))
+            for n, k in LINEARS
+        ]
+        self.keys, self.values = (Store.empty(batch, HEADS, context, DIM, False, "cuda") for _ in range(2))
+        self.lengths = torch.full((batch,), context, dtype=torch.int32, **where)
+        kv_append(*torch.randn(2, batch, HEADS, context, DIM, **where).half(), self.keys, self.values, self.lengths)
+        self.square, self.heads, self.left, self.right = (
+            torch.randn(n, n, **where).half() / n**0.5 for n in (64, HEADS * GROUP, 112, DIM)
+        )
+        self.clip, self.norm = torch.full((2,), 0.9, **where), torch.rand(64 * 64, **where).half()
+        self.rotation = torch.randn(2, batch, 1, DIM, **where).half()
+
+    def product(self, place: int, quantized: Quantized, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """Of (q, k, v), o, (gate, up) or down."""
+        return int_linear(*quantized[:2], *self.products[place], residual=residual)
+
+    def step(self, x: torch.Tensor) -> torch.Tensor:
+        """(M, 4096) -> (M, 4096)."""
+        norm = {"clip": self.clip, "norm_weight": self.norm}
+        rows = self.product(0, kronecker_quantize(x, self.square, self.square, **norm)).view(len(x), 1, -1, DIM)
+        q, k, v = rows.split((HEADS * GROUP, HEADS, HEADS), 2)
+        q, k = turn_heads(q, k, *self.rotation, self.right, self.right)
+        kv_append(k.transpose(1, 2), v.transpose(1, 2), self.keys, self.values, self.lengths)
+        mixed = kv_attention(q.transpose(1, 2), self.keys, self.values, self.lengths, DIM**-0.5).view(len(x), -1)
+        hidden = self.product(1, kronecker_quantize(mixed, self.heads, None, self.clip), x)
+        inner = self.product(2, kronecker_quantize(hidden, self.square, self.square, **norm))
+        return self.product(3, kronecker_quantize(inner, self.left, self.right, self.clip, gated=True), hidden)
+
+
+def layers() -> Iterator[Row]:
+    """A decoding step's layer after one and after `CONTEXT` tokens, eight of them in turn."""
+    for context, batch in itertools.product((1, CONTEXT), (1, 16, 64)):
+        x = torch.randn(batch, 64 * 64, device="cuda").half()
+        drawn = [Layer(batch, context) for _ in range(8)]
+        (us,) = compare([lambda one=one: one.step(x) for one in drawn])  # noqa: B023
+        yield Row("layer", f"context {context}", batch, us, None, None)
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -111,7 +159,7 @@ def main() -> None:
     output = Path(parser.parse_args().output)
     print(describe())
     rows: list[Row] = []
-    for measure in (transforms, linears, attentions):
+    for measure in (transforms, linears, attentions, layers):
         for row in measure():
             rows.append(row)
             beside = f"torch {row.torch_us:8.1f} us, {row.speedup:.2f} times" if row.torch_us and row.speedup else ""

@@ -13,7 +13,7 @@ pytestmark = needs_nvrtc
 OLD_AND_NEW = ("sm_80", "sm_90")
 
 
-@pytest.mark.parametrize("shape", integer_cuda._SHAPES[4::2], ids=str)
+@pytest.mark.parametrize("shape", [(16, 4), (32, 4), (128, 2), (256, 2), (128, 4)], ids=str)
 def test_every_tiling(shape: tuple[int, int]) -> None:
     """wgmma that waits for another is a complaint, too."""
     bits = 4 if sum(shape) % 4 else 8
@@ -25,7 +25,7 @@ def test_every_tiling(shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_120"])
 def test_decode(arch: str) -> None:
-    for m in (1, 64):
+    for m in (1, 16, 64):
         macros = integer_cuda.decode_macros(m, 4096, 4 if m < 64 else 8, m == 16, 132)
         assert not complaints(report("integer_decode.cu", dict(macros), arch)), macros
 
@@ -50,8 +50,8 @@ def test_transforms(arch: str) -> None:
 
 @pytest.mark.parametrize("arch", OLD_AND_NEW)
 def test_caches(arch: str) -> None:
-    for dim in (96, 256) if arch == "sm_80" else (128,):
-        symmetric = dim == 256  # with zeros it spills eight bytes
+    for dim in (96, 256) if arch == "sm_80" else (128, 256):
+        symmetric = dim == 96
         macros = dict(attention_cuda.macros(dim == 96, dim, dim, symmetric, symmetric))
         assert not complaints(report("kv_attention.cu", macros, arch)), dim
         assert not complaints(report("kv_append.cu", macros, arch)), dim

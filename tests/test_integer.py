@@ -70,7 +70,10 @@ def test_sums_are_exact(bits: int) -> None:
     assert shifted[0, 0] == sums[0][0] - zero[0] * row_sum[0]
     scale, weight_scale, bias = torch.rand(5), torch.rand(20), torch.randn(20).half()
     y = int_linear(x, scale, stored, weight_scale, bias)
-    assert torch.equal(y, (torch.tensor(sums).float() * (scale[:, None] * weight_scale) + bias.float()).half())
+    wanted = (torch.tensor(sums).float() * (scale[:, None] * weight_scale) + bias.float()).half()
+    assert torch.equal(y, wanted)
+    residual = torch.randn(5, 20).half()
+    assert torch.equal(int_linear(x, scale, stored, weight_scale, bias, residual=residual), residual + wanted)
 
 
 def test_the_largest_sum_is_exact() -> None:
@@ -86,7 +89,7 @@ def test_the_largest_sum_is_exact() -> None:
 def test_opcheck_and_refusals() -> None:
     _, stored = weights(8, 32, 4)
     x, scale, weight_scale = torch.zeros(3, 32, dtype=torch.int8), torch.ones(3), torch.ones(8)
-    good = (x, scale, stored, weight_scale, None, None, None, torch.bfloat16)
+    good = (x, scale, stored, weight_scale, None, None, None, torch.bfloat16, torch.ones(3, 8).bfloat16())
     torch.library.opcheck(torch.ops.flute.int_linear, good)
     for at, bad, message in (
         (0, x.int(), "needs int8"),
@@ -96,6 +99,7 @@ def test_opcheck_and_refusals() -> None:
         (4, torch.ones(8), "bias"),
         (5, torch.zeros(3, dtype=torch.int32), "row_sum"),
         (7, torch.int32, "dtype"),
+        (8, torch.ones(3, 8), "residual"),
     ):
         with pytest.raises(OperatorError, match=message):
             torch.ops.flute.int_linear(*(bad if i == at else one for i, one in enumerate(good)))
@@ -106,9 +110,11 @@ def test_tilings_are_legal(m: int, n: int, k: int, bits: int) -> None:
     found = list(integer_cuda.tilings(m, n, k, bits, GPUS["H100"]))
     assert found and integer_cuda.choose(m, n, k, bits, GPUS["H100"]).cycles == min(one.cycles for one in found)
     for made in found:
-        assert made.shared_bytes(bits) <= 232448 and made.threads <= 640 and made.stages >= 3
-        clusters = -(-n // (64 * made.rows)) * -(-m // made.columns)
-        assert made.split == 1 or clusters <= dict(GPUS["H100"].clusters)[made.split]
+        assert 232448 < 2 * made.shared_bytes(bits) <= 2 * 232448 and made.threads <= 672 and made.stages >= 3
+        tiles = [-(-n // (16 * pitch)) * -(-m // made.columns) for pitch in (4 * made.rows, made.pitch)]
+        at_once = dict(GPUS["H100"].clusters)[made.split]
+        assert made.pitch <= 4 * made.rows and -(-tiles[0] // at_once) == -(-tiles[1] // at_once)
+        assert made.split == 1 or tiles[1] <= at_once
         assert made.split <= -(-k // 128) and 256 * made.rows * made.columns <= made.stages * made.slot_bytes(bits)
 
 
@@ -123,8 +129,9 @@ def case(m: int, n: int, k: int, bits: int, dtype: torch.dtype, extras: bool) ->
     bias = torch.randn(n, device="cuda").to(dtype) if extras else None
     zero = torch.randint(-20, 20, (m,), dtype=torch.int32, device="cuda") if extras else None
     row_sum = codes.sum(1, dtype=torch.int32) if extras else None
-    y = reference(x, scale, stored, weight_scale, bias, zero, row_sum, dtype)
-    return (x, scale, pieces.arrange(stored), weight_scale, bias, zero, row_sum, dtype), y
+    residual = torch.randn(m, n, device="cuda").to(dtype) if extras else None
+    y = reference(x, scale, stored, weight_scale, bias, zero, row_sum, dtype, residual)
+    return (x, scale, pieces.arrange(stored), weight_scale, bias, zero, row_sum, dtype, residual), y
 
 
 @pytest.mark.gpu

@@ -10,11 +10,12 @@ from tiny_models import equal_states
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from flute.bench import decoder
 from flute.bench.flat import flat_model, flat_spec
 from flute.flatquant.joint import Joint, join, joint_product, products
-from flute.flatquant.modules import Codes, IntLinear
+from flute.flatquant.modules import Codes, IntLinear, project
 from flute.integrations.flatblocks import blocks_of, int4_cache
 from flute.kernels.integer import pack_nibbles
 from flute.kernels.joined import neighbours
@@ -128,6 +129,24 @@ def test_the_gate_is_part_of_the_transform(dtype: torch.dtype) -> None:
     assert torch.equal(mlp(x), mlp.down_proj(mlp.down_transform(inner)[0]))
     mlp.silu = False
     assert torch.equal(mlp(x), mlp.down_proj(mlp.down_transform(inner)[0]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_residuals_are_part_of_the_products(dtype: torch.dtype) -> None:
+    """A block is, bit for bit, Llama's with its two additions written out, and still one by its class."""
+    model = random_model(dtype=dtype)
+    block, x = blocks_of(model)[1][0], torch.randn(2, 3, 64).to(dtype)
+    rotation = model.get_decoder().rotary_emb(x, torch.arange(3)[None])
+    found = block(x, position_embeddings=rotation)
+    middle = x + block.self_attn(x, rotation)[0]
+    assert torch.equal(found, middle + block.mlp(middle))
+    assert isinstance(block, LlamaDecoderLayer) and type(block).__name__ == "LlamaDecoderLayer"
+    (integer,), given = layers((16,), 4), activation(3)
+    residual = torch.randn_like(integer(given))
+    assert torch.equal(project(integer, given, residual), residual + integer(given))
+    plain, numbers, residual = torch.nn.Linear(4, 16), torch.randn(3, 4), torch.randn(3, 16)  # as weights in tables
+    assert torch.equal(project(plain, numbers, residual), residual + plain(numbers))
 
 
 @torch.no_grad()

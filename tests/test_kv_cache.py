@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from gpus import GPUS
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from flute.errors import IntegrationError, OperatorError
@@ -271,9 +272,17 @@ def test_a_captured_step_goes_on_as_lengths_grow() -> None:
 
 
 def test_parts_of_the_cache() -> None:
-    assert attention_cuda.parts(8, 1, 2048, 132) == 32  # one sequence of an 8B model: blocks for all SMs
-    assert attention_cuda.parts(128, 1, 2048, 132) == 2  # three would not run all at once
-    assert attention_cuda.parts(512, 1, 2048, 132) == 1
-    assert attention_cuda.parts(1, 1, 32, 132) == 1
+    h100, a100 = GPUS["H100"], GPUS["A100"]
+    parts = attention_cuda.parts
+    assert parts(8, 2048, 64, h100) == (8, True)  # one sequence of an 8B model
+    assert parts(8, 2048, 32, h100) == (8, True)
+    assert parts(8, 8192, 64, h100) == (8, True)
+    assert parts(8, 16384, 64, h100) == (33, False)  # blocks for all SMs
+    assert parts(32, 2048, 64, h100) == (4, True)  # 30 clusters of eight run at once
+    assert parts(128, 2048, 64, h100) == (2, True)  # three would not run all at once
+    assert parts(128, 2048, 64, a100) == (1, False)
+    assert parts(48, 2048, 64, a100) == (4, False)
+    assert parts(512, 2048, 64, h100) == (1, True)
+    assert parts(1, 32, 64, h100) == (1, True)
     assert not attention_cuda.takes(torch.float16, 128, 128, 24, True)  # pages of whole blocks only
     assert not attention_cuda.takes(torch.float16, 100, 128, 64, False)

@@ -279,16 +279,18 @@ class IntLinear(_KeepsFloat32):
         self.register_buffer("row_sum", whole.clone() if a_asym else None, persistent=False)
         self.register_parameter("bias", fixed(out_features, device=device, dtype=dtype) if bias else None)
 
-    def forward(self, x: Codes) -> torch.Tensor:
-        """(..., N) in the activation's dtype."""
-        return self.product(x, self.bias)
+    def forward(self, x: Codes, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """(..., N) in the activation's dtype, added to ``residual`` if there is one."""
+        return self.product(x, self.bias, residual)
 
-    def product(self, x: Codes, bias: torch.Tensor | None) -> torch.Tensor:
+    def product(self, x: Codes, bias: torch.Tensor | None, residual: torch.Tensor | None = None) -> torch.Tensor:
         """The same with another bias (N,), or None."""
         zero, sums = x.zero, self.row_sum
         if self.weight_zero is not None:
             zero, sums = x.codes.sum(-1, dtype=torch.int32), self.weight_zero
-        y = int_linear(x.codes, x.scale, self.weight, self.weight_scale, bias, x.like.dtype, zero, sums)
+        if residual is not None:
+            residual = residual.reshape(-1, self.out_features)
+        y = int_linear(x.codes, x.scale, self.weight, self.weight_scale, bias, x.like.dtype, zero, sums, residual)
         return y.view(*x.like.shape[:-1], self.out_features)
 
     def store(self, units: torch.Tensor, made: Grid) -> None:
@@ -346,6 +348,13 @@ def freeze(model: nn.Module) -> None:
     for part in model.modules():
         if isinstance(part, _KeepsFloat32):
             part.requires_grad_(False)
+
+
+def project(layer: nn.Module, x: Activation, residual: torch.Tensor | None) -> torch.Tensor:
+    """What the layer makes of x, added to ``residual`` if there is one: of an integer layer in the same launch."""
+    if residual is None:
+        return layer(x)
+    return layer(x, residual) if isinstance(layer, IntLinear) else residual + layer(x)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ Llama, Mistral, Qwen2 and Qwen3. Whether a model is such a one is not told by it
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -20,7 +21,7 @@ from ..errors import IntegrationError
 from ..flatquant.fold import MODULE_OF, SITE_OF, BlockShape
 from ..flatquant.joint import Joint, joint_product, products
 from ..flatquant.learned import clips, rows_of, site_bits
-from ..flatquant.modules import DeferredNorm, Heads, IntLinear, Site
+from ..flatquant.modules import DeferredNorm, Heads, IntLinear, Site, project
 from ..flatquant.sizes import factor_sizes
 from ..flatquant.spec import FlatSpec
 from ..linear import LutLinear
@@ -71,9 +72,10 @@ class FlatAttention(Joint):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         past_key_values: Any = None,
+        residual: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As transformers calls it: hidden (B, L, D) -> hidden, attention weights or None."""
+        """As transformers calls it: hidden (B, L, D) -> hidden, added to ``residual``; attention weights or None."""
         layers = (self.q_proj, self.k_proj, self.v_proj)
         made = products(layers, self.input_transform(hidden_states))
         q, k, v = (each.unflatten(-1, (-1, self.shape.head_dim)) for each in made)
@@ -91,7 +93,7 @@ class FlatAttention(Joint):
             dropout=dropout, scaling=self.scaling, sliding_window=self.sliding_window, **kwargs,
         )  # fmt: skip
         out = out.reshape(*hidden_states.shape[:-1], -1).contiguous()
-        return self.o_proj(self.output_transform(out)[0]), weights
+        return project(self.o_proj, self.output_transform(out)[0], residual), weights
 
 
 class FlatMLP(Joint):
@@ -111,8 +113,8 @@ class FlatMLP(Joint):
         for name, child in [*mlp.named_children(), *modules.items()]:
             self.add_module(name, child)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, L, D) -> (B, L, D)."""
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, L, D) -> (B, L, D), added to ``residual``."""
         layers, inputs = (self.gate_proj, self.up_proj), self.input_transform(x)
         inner = joint_product(layers, inputs) if self.silu and self.down_transform.gives_codes else None
         if inner is not None:
@@ -120,7 +122,7 @@ class FlatMLP(Joint):
         else:
             gate, up = products(layers, inputs)
             made = self.down_transform(self.act_fn(gate) * up)
-        return self.down_proj(made[0])
+        return project(self.down_proj, made[0], residual)
 
 
 def _eager(
@@ -139,6 +141,30 @@ def _eager(
     scores = q @ k.mT * scaling
     weights = (scores if mask is None else scores + mask).softmax(-1, dtype=torch.float32).to(q.dtype)
     return (nn.functional.dropout(weights, dropout) @ v).transpose(1, 2), weights
+
+
+def _forward(
+    block: Any,
+    hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    past_key_values: Any = None,
+    use_cache: bool | None = False,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """A block of Llama's kind whose norms are part of the transforms, and residuals of the products."""
+    hidden_states, _ = block.self_attn(
+        hidden_states, position_embeddings, attention_mask, past_key_values, hidden_states,
+        position_ids=position_ids, use_cache=use_cache, **kwargs,
+    )  # fmt: skip
+    return block.mlp(hidden_states, hidden_states)
+
+
+@cache
+def _real_class(kind: type) -> type:
+    """A block's class with `_forward`, under its name: transformers finds blocks by their class."""
+    return type(kind.__name__, (kind,), {"forward": _forward, "__module__": kind.__module__})
 
 
 def blocks_of(model: Any) -> tuple[str, list[nn.Module]]:
@@ -179,7 +205,7 @@ def flatten(block: Any, spec: FlatSpec, *, transforms: bool = True, real: bool =
     Args:
         transforms: room for transforms; else sites only round (the baseline without any).
         real: with layers of integer (or table) weights instead of the dense ones, on the block's device; the two norms
-            become part of the transforms behind them.
+            become part of the transforms behind them, the two residuals of the products.
     """
     shape, weight = shape_of(block), block.self_attn.q_proj.weight
     where: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
@@ -208,6 +234,8 @@ def flatten(block: Any, spec: FlatSpec, *, transforms: bool = True, real: bool =
         cast(Site, modules[owner]["input_transform"]).after(deferred)
     block.self_attn = FlatAttention(block.self_attn, shape, modules["self_attn"]).train(block.training)
     block.mlp = FlatMLP(block.mlp, modules["mlp"]).train(block.training)
+    if real:
+        block.__class__ = _real_class(type(block))  # type: ignore[arg-type]  # classes are hashable
 
 
 def _layer(spec: FlatSpec, shape: BlockShape, name: str, bias: bool, where: dict[str, Any]) -> nn.Module:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from ctypes import c_float
-from functools import cache, lru_cache
+from functools import lru_cache
 from math import ceil, e, log2
 from typing import Any
 
 import torch
 
 from . import cuda
+from .plan import Gpu
 
 _WARPS = 4
-_ROWS = 16  # of queries a block
-_BLOCK = 16  # positions a warp takes at once; a page must hold whole blocks
-_FEWEST_POSITIONS = 64  # of a part: a block for each warp
+_ROWS = 8  # of queries a block
+_BLOCK = 16  # neighbours that lie in one page
 _BLOCKS_PER_SM = 2
+_MOST_TOGETHER = 8  # parts that a cluster holds
+_TOGETHER = (8, 4, 2)
+_MOST_STEPS = 4  # of a warp, before more parts than that pay for a second launch
 _MOST_DIM = 256
 
 
@@ -31,7 +34,13 @@ Macros = tuple[tuple[str, int], ...]
 def macros(bf16: bool, key_dim: int, value_dim: int, key_symmetric: bool, value_symmetric: bool) -> Macros:
     """What both files are compiled with."""
     symmetric = (("KEY_SYMMETRIC", int(key_symmetric)), ("VALUE_SYMMETRIC", int(value_symmetric)))
-    return (("RANGES", 1), ("BF16", int(bf16)), ("KEY_DIM", key_dim), ("VALUE_DIM", value_dim), *symmetric)
+    dims = (("KEY_DIM", key_dim), ("VALUE_DIM", value_dim), ("TILES", _tiles(key_dim, value_dim)))
+    return (("RANGES", 1), ("BF16", int(bf16)), *dims, *symmetric)
+
+
+def _tiles(key_dim: int, value_dim: int) -> int:
+    """Tiles of 16 positions that a warp takes at once: as many as registers hold."""
+    return 4 if key_dim + value_dim <= 256 else 2
 
 
 @lru_cache(maxsize=256)
@@ -95,10 +104,18 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | No
     return out
 
 
-def parts(sequences: int, row_blocks: int, capacity: int, sms: int) -> int:
-    """In how many parts the cache is cut: as many blocks as run at once, none that has nothing to do."""
-    wanted = _BLOCKS_PER_SM * sms // (sequences * row_blocks)
-    return max(1, min(wanted, capacity // _FEWEST_POSITIONS))
+def parts(blocks: int, capacity: int, step: int, gpu: Gpu) -> tuple[int, bool]:
+    """In how many parts the cache is cut, and whether they meet in a cluster.
+
+    As many as run at once for each of ``blocks``, none whose warps have nothing to do, ``step`` positions each. A
+    cluster needs no second launch, so few parts with some more work are preferred.
+    """
+    fewest = _WARPS * step
+    wanted = max(1, min(_BLOCKS_PER_SM * gpu.sms // blocks, capacity // fewest))
+    if gpu.has_clusters and (wanted <= _MOST_TOGETHER or capacity <= _MOST_TOGETHER * fewest * _MOST_STEPS):
+        fitting = (n for n, at_once in gpu.clusters[::-1] if n in _TOGETHER and blocks <= _BLOCKS_PER_SM * at_once)
+        return next((n for n in fitting if n <= wanted), 1), True
+    return wanted, False
 
 
 def attention(
@@ -120,30 +137,23 @@ def attention(
     out = torch.empty(batch, many, tokens, value_dim, dtype=query.dtype, device=query.device)
     if out.numel() == 0:
         return out
-    group, pages = many // heads, 1 if table is None else table.shape[1]
-    row_blocks = ceil(group * tokens / _ROWS)
-    splits = parts(batch * heads, row_blocks, slots * pages, cuda.gpu(device).sms)
+    group, pages, gpu = many // heads, 1 if table is None else table.shape[1], cuda.gpu(device)
+    row_blocks, step = ceil(group * tokens / _ROWS), _BLOCK * _tiles(dim, value_dim)
+    splits, together = parts(batch * heads * row_blocks, slots * pages, step, gpu)
     what = (query.dtype == torch.bfloat16, dim, value_dim, key_zero is None, value_zero is None)
-    overlap = cuda.gpu(device).has_clusters
-    shared = _WARPS * _ROWS * (value_dim + 2) * 4
     query, partial = cuda._aligned(query), None
-    if splits > 1:
+    if splits > 1 and not together:
         shape = (batch * many * tokens, splits, value_dim + 2)
         partial = torch.empty(shape, dtype=torch.float32, device=query.device)
     stores = (key_codes, key_scale, key_zero, value_codes, value_scale, value_zero, lengths, starts, table)
     pointers = (query.data_ptr(), *map(cuda._pointer, stores), out.data_ptr(), cuda._pointer(partial))
-    sizes = (heads, group, tokens, slots, pages, c_float(scaling * log2(e)))
+    sizes = (heads, group, tokens, slots, pages, splits, c_float(scaling * log2(e)))
     kernel = _kernel(device, "kv_attention.cu", "kv_attention", *what)
-    config = _grid(splits, batch * heads, row_blocks, 32 * _WARPS, shared, overlap)
-    cuda._launch(device, config, kernel, *pointers, *sizes)
+    cluster, shared = splits if together else 1, (_WARPS + 1) * _ROWS * (value_dim + 2) * 4
+    grid = (row_blocks * splits // cluster, batch * heads)  # of clusters
+    cuda._launch(device, cuda._config(grid, 32 * _WARPS, shared, cluster, gpu.has_clusters), kernel, *pointers, *sizes)
     if partial is not None:
         merge = _kernel(device, "kv_attention.cu", "kv_merge", *what)
-        config = cuda._config((batch * many * tokens, 1), 128, 4 * splits, 1, overlap)
+        config = cuda._config((batch * many * tokens, 1), 128, 0, 1, gpu.has_clusters)
         cuda._launch(device, config, merge, partial.data_ptr(), out.data_ptr(), splits)
     return out
-
-
-@cache
-def _grid(x: int, y: int, z: int, threads: int, shared: int, overlap: bool) -> Any:
-    extra = {"programmatic_stream_serialization": True} if overlap else {}
-    return cuda._core().LaunchConfig(grid=(x, y, z), block=threads, shmem_size=shared, **extra)

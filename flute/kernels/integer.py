@@ -5,9 +5,9 @@
 Weights are int8, or two int4 in a byte: the even column in the low nibble, two's complement (the published FlatQuant
 layout). CUDA's kernels want either of them as `pieces.arrange` makes it, with three dimensions; else that is done in
 every call. Sums are exact: at most 128 * 128 * K < 2^31 for K < 131072. The rest is float32 in this order, rounded to
-y's dtype once: float(sum) * (scale * weight_scale) + bias. The zeros of asymmetric activations enter as
-sum - zero * row_sum, with the sums of W's rows. Zeros of the weights' rows enter by the same two operands, exchanged:
-sums of the tokens' codes as ``zero``, the rows' zeros as ``row_sum``.
+y's dtype once: float(sum) * (scale * weight_scale) + bias. A residual is added to that, rounded again. The zeros of
+asymmetric activations enter as sum - zero * row_sum, with the sums of W's rows. Zeros of the weights' rows enter by the
+same two operands, exchanged: sums of the tokens' codes as ``zero``, the rows' zeros as ``row_sum``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MOST_FEATURES = 1 << 17  # K from which sums could leave int32
 _library = torch.library.Library("flute", "FRAGMENT")
 _library.define(
     "int_linear(Tensor codes, Tensor scale, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? zero, "
-    "Tensor? row_sum, ScalarType dtype) -> Tensor"
+    "Tensor? row_sum, ScalarType dtype, Tensor? residual=None) -> Tensor"
 )
 
 
@@ -53,6 +53,7 @@ def _check(
     zero: torch.Tensor | None,
     row_sum: torch.Tensor | None,
     dtype: torch.dtype,
+    residual: torch.Tensor | None = None,
 ) -> None:
     if codes.dim() != 2 or codes.dtype != torch.int8:
         _refuse(f"codes {tuple(codes.shape)} {codes.dtype}; needs int8 (M, K)")
@@ -78,7 +79,10 @@ def _check(
         _refuse(f"dtype={dtype}; use float16, bfloat16 or float32")
     if bias is not None and (tuple(bias.shape) != (n,) or bias.dtype != dtype):
         _refuse(f"bias {tuple(bias.shape)} {bias.dtype}; needs {dtype} ({n},)")
-    devices = {one.device for one in (codes, scale, weight, weight_scale, bias, zero, row_sum) if one is not None}
+    if residual is not None and (tuple(residual.shape) != (m, n) or residual.dtype != dtype):
+        _refuse(f"residual {tuple(residual.shape)} {residual.dtype}; needs {dtype} ({m}, {n})")
+    operands = (codes, scale, weight, weight_scale, bias, zero, row_sum, residual)
+    devices = {one.device for one in operands if one is not None}
     if len(devices) > 1:
         _refuse(f"tensors on {len(devices)} devices: {', '.join(sorted(map(str, devices)))}")
 
@@ -92,6 +96,7 @@ def reference(
     zero: torch.Tensor | None,
     row_sum: torch.Tensor | None,
     dtype: torch.dtype,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The definition in plain torch; float64 holds every sum exactly, and its matrix product runs on every device."""
     if weight.dim() == 3:
@@ -101,7 +106,8 @@ def reference(
     if zero is not None and row_sum is not None:
         sums -= zero.double()[:, None] * row_sum.double()
     y = sums.float() * (scale[:, None] * weight_scale)
-    return (y if bias is None else y + bias.float()).to(dtype)
+    y = (y if bias is None else y + bias.float()).to(dtype)
+    return y if residual is None else residual + y
 
 
 def _int_linear(
@@ -113,9 +119,10 @@ def _int_linear(
     zero: torch.Tensor | None,
     row_sum: torch.Tensor | None,
     dtype: torch.dtype,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    _check(codes, scale, weight, weight_scale, bias, zero, row_sum, dtype)
-    return reference(codes, scale, weight, weight_scale, bias, zero, row_sum, dtype)
+    _check(codes, scale, weight, weight_scale, bias, zero, row_sum, dtype, residual)
+    return reference(codes, scale, weight, weight_scale, bias, zero, row_sum, dtype, residual)
 
 
 def _int_linear_cuda(
@@ -127,12 +134,13 @@ def _int_linear_cuda(
     zero: torch.Tensor | None,
     row_sum: torch.Tensor | None,
     dtype: torch.dtype,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    _check(codes, scale, weight, weight_scale, bias, zero, row_sum, dtype)
+    _check(codes, scale, weight, weight_scale, bias, zero, row_sum, dtype, residual)
     if dtype == torch.float32:
-        return reference(codes, scale, weight, weight_scale, bias, zero, row_sum, dtype)
+        return reference(codes, scale, weight, weight_scale, bias, zero, row_sum, dtype, residual)
     arranged = weight if weight.dim() == 3 else pieces.arrange(weight)
-    return integer_cuda.int_linear(codes, scale, arranged, weight_scale, bias, zero, row_sum, dtype)
+    return integer_cuda.int_linear(codes, scale, arranged, weight_scale, bias, zero, row_sum, dtype, residual)
 
 
 def _int_linear_fake(
@@ -144,8 +152,9 @@ def _int_linear_fake(
     zero: torch.Tensor | None,
     row_sum: torch.Tensor | None,
     dtype: torch.dtype,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    _check(codes, scale, weight, weight_scale, bias, zero, row_sum, dtype)
+    _check(codes, scale, weight, weight_scale, bias, zero, row_sum, dtype, residual)
     return codes.new_empty((codes.shape[0], weight_scale.shape[0]), dtype=dtype)
 
 
@@ -163,6 +172,7 @@ def int_linear(
     dtype: torch.dtype = torch.float16,
     zero: torch.Tensor | None = None,
     row_sum: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """y (M, N) of int8 codes and int4 or int8 weights, as above.
 
@@ -175,8 +185,9 @@ def int_linear(
         dtype: of y: float16, bfloat16 or float32.
         zero: int32 (M,) of asymmetric tokens, or sums of their codes; or None; needs ``row_sum``.
         row_sum: int32 (N,), sums of the weight's rows, or the rows' zeros.
+        residual: (M, N) in ``dtype``, what y is added to; or None.
 
     Raises:
         OperatorError: shapes, dtypes or devices do not fit.
     """
-    return torch.ops.flute.int_linear(codes, scale, weight, weight_scale, bias, zero, row_sum, dtype)
+    return torch.ops.flute.int_linear(codes, scale, weight, weight_scale, bias, zero, row_sum, dtype, residual)

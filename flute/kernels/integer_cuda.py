@@ -16,20 +16,26 @@ from .boxes import tensor_map
 from .plan import Gpu
 
 _MOST_DECODE_TOKENS = 8  # on Hopper; other GPUs have the decode kernel only
-_SHAPES = ((16, 1), (32, 1), (64, 1), (64, 2), (128, 2), (192, 2), (256, 2), (192, 3), (128, 4))  # columns, rows
+_SHAPES = (  # columns, rows
+    (16, 1), (16, 2), (16, 4), (32, 1), (32, 4), (64, 1), (64, 2), (128, 2), (192, 2), (256, 2), (192, 3), (128, 4),
+)  # fmt: skip
 _SPLITS = (1, 2, 4, 8)
-_MOST_STAGES = 8
+_USUAL_STAGES = 8
 _CLUSTER_SHARED = 200 * 1024
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """One launch of ``int_matmul``: tiles of 64 * rows rows of W times ``columns`` tokens, K cut in ``split``."""
+    """One launch of ``int_matmul``: tiles of 64 * rows rows of W times ``columns`` tokens, K cut in ``split``.
+
+    ``pitch``: how many row tiles of 16 such a tile has, as few as keep the number of waves.
+    """
 
     columns: int
     rows: int
     split: int
     stages: int
+    pitch: int
     cycles: float
 
     @property
@@ -53,25 +59,29 @@ class Tiling:
 
 def tilings(m: int, n: int, k: int, bits: int, gpu: Gpu) -> Iterator[Tiling]:
     """Every tiling that fits, with an estimate of its cycles."""
-    boxes, together = ceil(k / pieces.BOX_K), dict(gpu.clusters)
+    boxes, row_tiles, together = ceil(k / pieces.BOX_K), ceil(n / pieces.TILE_ROWS), dict(gpu.clusters)
     for columns, rows in _SHAPES:
         for split in _SPLITS:
-            bare = Tiling(columns, rows, split, 1, 0.0)
+            bare = Tiling(columns, rows, split, 1, 4 * rows, 0.0)
             slot = bare.slot_bytes(bits)
             shared = gpu.shared_bytes if split == 1 else min(gpu.shared_bytes, _CLUSTER_SHARED)
-            stages = min(_MOST_STAGES, shared // (slot + 16))
+            # more than half of an SM's: else blocks would gather on those SMs that the launch ahead leaves free
+            stages = min(max(_USUAL_STAGES, gpu.shared_bytes // 2 // (slot + 16) + 1), shared // (slot + 16))
             if split > boxes or stages < 3 or 256 * rows * columns > stages * slot:
                 continue
-            token_tiles = ceil(m / columns)
-            tiles = ceil(n / (64 * rows)) * token_tiles
-            if split > 1 and tiles > together.get(split, 0):  # a cluster makes one tile, and all run at once
+            token_tiles, at_once = ceil(m / columns), together.get(split, 0)
+            tiles = ceil(row_tiles / bare.pitch) * token_tiles
+            if split > 1 and tiles > at_once:  # a cluster makes one tile, and all run at once
                 continue
-            # a box takes the tensor cores, or the L2 cache's 24 bytes a cycle and SM, or memory's 12 of W; a tile takes
-            # its writing and latencies, too
-            memory = (slot - pieces.BOX_K * columns) / (12 * token_tiles)
-            box = max(2.2 * rows * columns, slot / 24, memory, 150.0)
+            waves = ceil(tiles / at_once)
+            pitch = ceil(row_tiles / max(1, waves * at_once // token_tiles))
+            # a box takes the tensor cores, or the L2 cache's 24 bytes a cycle and SM, or memory's 12 of W, or one group
+            # of warps its steps; a tile takes its writing and latencies, too
+            x_bytes = pieces.BOX_K * columns
+            weight_bytes = (slot - x_bytes) * pitch / bare.pitch
+            box = max(2.2 * rows * columns, (x_bytes + weight_bytes) / 24, weight_bytes / (12 * token_tiles), 400.0)
             each = ceil(boxes / split) * box + 1500 + 6 * columns * rows + (1500 if split > 1 else 0)
-            yield Tiling(columns, rows, split, stages, ceil(tiles / together[split]) * each)
+            yield Tiling(columns, rows, split, stages, pitch, waves * each)
 
 
 @lru_cache(maxsize=4096)
@@ -102,6 +112,7 @@ def int_linear(
     zero: torch.Tensor | None,
     row_sum: torch.Tensor | None,
     dtype: torch.dtype,
+    residual: torch.Tensor | None = None,
     *,
     forced: Tiling | None = None,
 ) -> torch.Tensor:
@@ -116,17 +127,19 @@ def int_linear(
     codes, weight = cuda._aligned(codes), cuda._aligned(weight)
     scale, weight_scale = scale.contiguous(), weight_scale.contiguous()
     extras = [None if one is None else one.contiguous() for one in (bias, zero, row_sum)]
+    extras.append(None if residual is None else cuda._aligned(residual))
     operands = (scale.data_ptr(), weight_scale.data_ptr(), *map(cuda._pointer, extras), y.data_ptr())
     gpu, bf16 = cuda.gpu(device), dtype == torch.bfloat16
     if forced is None and (m <= _MOST_DECODE_TOKENS or gpu.arch != "sm_90"):
         kernel, config = _decode(device, m, n, bits, bf16)
-        sizes = (m, n, codes.shape[1], weight.shape[1])
-        cuda._launch(device, config, kernel, weight.data_ptr(), codes.data_ptr(), *operands, *sizes)
+        few = (m, n, codes.shape[1], weight.shape[1])
+        cuda._launch(device, config, kernel, weight.data_ptr(), codes.data_ptr(), *operands, *few)
         return y
     made = forced or choose(m, n, k, bits, gpu)
     kernel, config = _matmul(device, made, m, n, bits, bf16)
     box = tensor_map(device, codes.data_ptr(), m, codes.shape[1] // 2, made.columns)  # pairs of codes
-    cuda._launch(device, config, kernel, box, weight.data_ptr(), *operands, m, n, ceil(k / pieces.BOX_K), made.split)
+    sizes = (m, n, ceil(k / pieces.BOX_K), made.split, made.pitch)
+    cuda._launch(device, config, kernel, box, weight.data_ptr(), *operands, *sizes)
     return y
 
 
@@ -142,7 +155,7 @@ def _decode(device: int, m: int, n: int, bits: int, bf16: bool) -> tuple[Any, An
 
 @lru_cache(maxsize=4096)
 def _matmul(device: int, made: Tiling, m: int, n: int, bits: int, bf16: bool) -> tuple[Any, Any]:
-    tiles = ceil(n / (64 * made.rows)) * ceil(m / made.columns)
+    tiles = ceil(n / (pieces.TILE_ROWS * made.pitch)) * ceil(m / made.columns)
     blocks = tiles if made.split > 1 else min(tiles, cuda.gpu(device).sms)  # of clusters, where K is cut
     config = cuda._config((blocks, 1), made.threads, made.shared_bytes(bits), made.split, True)
     return cuda._kernel(device, "integer_matmul.cu", made.macros(bits, bf16), "int_matmul"), config

@@ -9,6 +9,9 @@
 // Host macros: CODE_BITS, BF16, WARPS, ROW_TILES, TOKEN_TILES, DEPTH.
 
 constexpr int SUMS = ROW_TILES * TOKEN_TILES * 4;
+constexpr int BLOCKS = ROW_TILES > 1 ? 1 : WARPS == 8 && DEPTH <= 4 ? 3 : 2;  // that an SM is to hold
+
+static_assert(ROW_TILES <= 2, "row_scales is read without an index");
 
 __device__ __forceinline__ void integer_step(int (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -35,9 +38,9 @@ struct Pieces {
   }
 };
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS)
+extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
     int_decode(const u8* weight, const signed char* x, const float* scale, const float* weight_scale, const u16* bias,
-               const int* zero, const int* row_sum, u16* y, u64 m, u64 n, u64 k, u64 pieces) {
+               const int* zero, const int* row_sum, const u16* residual, u16* y, u64 m, u64 n, u64 k, u64 pieces) {
   extern __shared__ __align__(16) u8 memory[];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   const int tile = blockIdx.x * ROW_TILES, token = blockIdx.y * 8 * TOKEN_TILES;
@@ -45,6 +48,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   Pieces codes{weight + (u64)tile * pieces * PIECE_BYTES + lane * 16, pieces * PIECE_BYTES, (int)pieces,
                ((int)n + 15) / 16 - tile};
   codes.load(warp);
+  const Output output{y, scale, weight_scale, bias, zero, row_sum, residual, (int)m, (int)n};
+  float2 row_scales[ROW_TILES];
+#pragma unroll
+  for (int r = 0; r < ROW_TILES; ++r) row_scales[r] = output.scales_of((tile + r) * 16 + 2 * g);
   wait_for_last();
 
   int acc[ROW_TILES][TOKEN_TILES][4] = {};
@@ -76,19 +83,32 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     }
   }
 
+  constexpr int ROUNDS = (SUMS / 2 + WARPS - 1) / WARPS;  // sums e and e + 2 of four are two rows of one token
+  const auto token_of = [&](int i) { return token + 8 * (i / 2 % TOKEN_TILES) + 2 * t + i % 2; };
+  const auto row_of = [&](int i) { return (tile + i / (2 * TOKEN_TILES)) * 16 + 2 * g; };
+  float token_scales[ROUNDS];
+  u32 more[ROUNDS];
+#pragma unroll
+  for (int round = 0; round < ROUNDS; ++round) {  // asked for while sums meet
+    const int i = warp + round * WARPS;
+    token_scales[round] = i < SUMS / 2 && token_of(i) < (int)m ? scale[token_of(i)] : 0.0f;
+    more[round] = i < SUMS / 2 ? output.residual_of(token_of(i), row_of(i)) : 0;
+  }
   int* sums = (int*)memory;  // [warp][sum][lane]
 #pragma unroll
   for (int i = 0; i < SUMS; ++i) sums[(warp * SUMS + i) * 32 + lane] = acc[i / (4 * TOKEN_TILES)][i / 4 % TOKEN_TILES][i % 4];
   __syncthreads();
-  const Output output{y, scale, weight_scale, bias, zero, row_sum, (int)m, (int)n};
-  for (int i = warp; i < SUMS / 2; i += WARPS) {  // sums e and e + 2 of four are two rows of one token
-    const int first = i / 2 * 4 + i % 2, r = first / (4 * TOKEN_TILES), j = first / 4 % TOKEN_TILES;
+#pragma unroll
+  for (int round = 0; round < ROUNDS; ++round) {
+    const int i = warp + round * WARPS, first = i / 2 * 4 + i % 2;
+    if (i >= SUMS / 2) break;
     int low = 0, high = 0;
 #pragma unroll
     for (int from = 0; from < WARPS; ++from) {
       low += sums[(from * SUMS + first) * 32 + lane];
       high += sums[(from * SUMS + first + 2) * 32 + lane];
     }
-    output.store(token + 8 * j + 2 * t + first % 2, (tile + r) * 16 + 2 * g, low, high);
+    const float2 scales = i < 2 * TOKEN_TILES ? row_scales[0] : row_scales[ROW_TILES - 1];
+    output.store(token_of(i), row_of(i), low, high, token_scales[round], scales, more[round]);
   }
 }

@@ -27,7 +27,7 @@ struct __align__(64) TensorMap {
 };
 
 struct Work {
-  int units, token_tiles, tiles, boxes, first, count, begin, stride;
+  int units, pitch, token_tiles, tiles, boxes, first, count, begin, stride;
   __device__ __forceinline__ int total() const { return units * token_tiles; }
   __device__ __forceinline__ void locate(int at, int& unit, int& token) const {
     locate_tile(at, units, token_tiles, unit, token);
@@ -45,7 +45,8 @@ __device__ __forceinline__ void copy_weight(const Work& work, const u8* weight, 
       const u32 slot = shared + cursor.slot * SLOT_BYTES + X_BYTES;
 #pragma unroll
       for (int tile = warp; tile < TILES; tile += COPY_WARPS) {
-        const int row_tile = min(unit * TILES + tile, work.tiles - 1);
+        if (tile >= work.pitch) break;
+        const int row_tile = min(unit * work.pitch + tile, work.tiles - 1);
         const u8* from = weight + ((u64)row_tile * work.boxes + box) * TILE_BYTES + lane * 16;
 #pragma unroll
         for (int part = 0; part < TILE_BYTES; part += PIECE_BYTES) {
@@ -80,10 +81,12 @@ __device__ __forceinline__ void meet_cluster() {
 }
 
 // Partial sums lie as planes: 8 tokens of one group's 64 rows, 16 bytes a thread. Planes go round the groups of all blocks.
-__device__ __forceinline__ void add_partial_sums(const Output& output, u32 shared, int rank, int split, int unit, int token,
-                                                 int thread) {
+__device__ __forceinline__ void add_partial_sums(const Output& output, const Work& work, u32 shared, int rank, int split, int unit,
+                                                 int token, int thread) {
   const int lane = thread & 31, warp = thread >> 5;
   for (int plane = rank * ROWS + (warp >> 2); plane < ROWS * (COLUMNS / 8); plane += ROWS * split) {
+    const int tile = plane / (COLUMNS / 8) * 4 + (warp & 3);
+    if (tile >= work.pitch) continue;
     const u32 here = shared + (plane * 128 + (thread & 127)) * 16;
     int total[4] = {};
     for (int block = 0; block < split; ++block) {
@@ -97,10 +100,11 @@ __device__ __forceinline__ void add_partial_sums(const Output& output, u32 share
 #pragma unroll
       for (int e = 0; e < 4; ++e) total[e] += v[e];
     }
-    const int row = (unit * TILES + plane / (COLUMNS / 8) * 4 + (warp & 3)) * 16 + 2 * (lane >> 2);
+    const int row = (unit * work.pitch + tile) * 16 + 2 * (lane >> 2);
     const int column = token + plane % (COLUMNS / 8) * 8 + 2 * (lane & 3);
-    output.store(column, row, total[0], total[2]);
-    output.store(column + 1, row, total[1], total[3]);
+    const float2 scales = output.scales_of(row);
+    output.store(column, row, total[0], total[2], scales);
+    output.store(column + 1, row, total[1], total[3], scales);
   }
 }
 
@@ -137,12 +141,12 @@ __device__ __forceinline__ void multiply(int (&acc)[COLUMNS / 2], const Work& wo
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     int_matmul(const __grid_constant__ TensorMap x, const u8* weight, const float* scale, const float* weight_scale,
-               const u16* bias, const int* zero, const int* row_sum, u16* y, u64 m, u64 n, u64 boxes, u64 split) {
+               const u16* bias, const int* zero, const int* row_sum, const u16* residual, u16* y, u64 m, u64 n, u64 boxes, u64 split, u64 pitch) {
   extern __shared__ __align__(1024) u8 memory[];
   const u32 shared = shared_address(memory);
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
   const int tiles = ((int)n + 15) / 16, rank = blockIdx.x % (u32)split, first = rank * (int)boxes / (int)split;
-  const Work work{(tiles + TILES - 1) / TILES, ((int)m + COLUMNS - 1) / COLUMNS, tiles, (int)boxes, first,
+  const Work work{(tiles + (int)pitch - 1) / (int)pitch, (int)pitch, ((int)m + COLUMNS - 1) / COLUMNS, tiles, (int)boxes, first,
                   (rank + 1) * (int)boxes / (int)split - first, (int)(blockIdx.x / (u32)split), (int)(gridDim.x / (u32)split)};
   let_next_begin();
   for (int i = warp; i < 2 * STAGES; i += THREADS / 32) {
@@ -164,7 +168,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   } else {
     if (GIVE) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MATH_REGISTERS));
     wait_for_last();  // the tokens' scales
-    const Output output{y, scale, weight_scale, bias, zero, row_sum, (int)m, (int)n};
+    const Output output{y, scale, weight_scale, bias, zero, row_sum, residual, (int)m, (int)n};
     Cursor<STAGES> slot{0};
     for (int at = work.begin; at < work.total(); at += work.stride) {
       int acc[COLUMNS / 2], unit, token;
@@ -176,15 +180,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
         for (int i = 0; i < COLUMNS / 2; i += 4) sums[i * 32] = make_int4(acc[i], acc[i + 1], acc[i + 2], acc[i + 3]);
         meet_cluster();
-        add_partial_sums(output, shared, rank, (int)split, unit, token, thread);
+        add_partial_sums(output, work, shared, rank, (int)split, unit, token, thread);
         meet_cluster();  // others may still be reading
       } else {
-        const int row = (unit * TILES + warp) * 16 + 2 * (lane >> 2);
+        if (warp >= work.pitch) continue;
+        const int row = (unit * work.pitch + warp) * 16 + 2 * (lane >> 2);
+        const float2 scales = output.scales_of(row);
 #pragma unroll
         for (int i = 0; i < COLUMNS / 2; i += 4) {
           const int column = token + 2 * i + 2 * (lane & 3);
-          output.store(column, row, acc[i], acc[i + 2]);
-          output.store(column + 1, row, acc[i + 1], acc[i + 3]);
+          output.store(column, row, acc[i], acc[i + 2], scales);
+          output.store(column + 1, row, acc[i + 1], acc[i + 3], scales);
         }
       }
     }

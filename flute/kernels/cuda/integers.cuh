@@ -24,26 +24,46 @@ struct Output {
   const float *scale, *weight_scale;
   const u16* bias;
   const int *zero, *row_sum;
+  const u16* residual;
   int m, n;
 
-  __device__ __forceinline__ float value(int sum, int token, int row, float token_scale) const {
+  // Scales of rows (row, row + 1); no launch writes them, so they may be asked for before the one ahead is over.
+  __device__ __forceinline__ float2 scales_of(int row) const {
+    return make_float2(row < n ? weight_scale[row] : 0.0f, row + 1 < n ? weight_scale[row + 1] : 0.0f);
+  }
+
+  // What rows (row, row + 1) of one token are added to.
+  __device__ __forceinline__ u32 residual_of(int token, int row) const {
+    if (!residual || token >= m || row >= n) return 0;
+    const u16* from = residual + (u64)token * n + row;
+    return n % 2 == 0 ? *(const u32*)from : (u32)from[0] | (row + 1 < n ? (u32)from[1] << 16 : 0);
+  }
+
+  __device__ __forceinline__ float value(int sum, int token, int row, float token_scale, float row_scale) const {
     float wide_sum = (float)(sum >> SHIFT);
     if (zero) wide_sum = __ll2float_rn((long long)(sum >> SHIFT) - (long long)zero[token] * row_sum[row]);
-    const float scaled = __fmul_rn(wide_sum, __fmul_rn(token_scale, weight_scale[row]));
+    const float scaled = __fmul_rn(wide_sum, __fmul_rn(token_scale, row_scale));
     return bias ? __fadd_rn(scaled, wide(bias[row])) : scaled;
   }
 
   // Rows (row, row + 1) of one token.
-  __device__ __forceinline__ void store(int token, int row, int low, int high) const {
+  __device__ __forceinline__ void store(int token, int row, int low, int high, float token_scale, float2 row_scales,
+                                        u32 more) const {
     if (token >= m || row >= n) return;
     u16* to = y + (u64)token * n + row;
-    const float token_scale = scale[token], first = value(low, token, row, token_scale);
-    const float second = row + 1 < n ? value(high, token, row + 1, token_scale) : 0.0f;
+    const float first = value(low, token, row, token_scale, row_scales.x);
+    const float second = row + 1 < n ? value(high, token, row + 1, token_scale, row_scales.y) : 0.0f;
+    u32 pair = narrow_pair(first, second);
+    if (residual) pair = narrow_pair(wide((u16)pair) + wide((u16)more), wide((u16)(pair >> 16)) + wide((u16)(more >> 16)));
     if (n % 2 == 0) {
-      *(u32*)to = narrow_pair(first, second);
+      *(u32*)to = pair;
     } else {
-      to[0] = narrow(first);
-      if (row + 1 < n) to[1] = narrow(second);
+      to[0] = (u16)pair;
+      if (row + 1 < n) to[1] = (u16)(pair >> 16);
     }
+  }
+
+  __device__ __forceinline__ void store(int token, int row, int low, int high, float2 row_scales) const {
+    store(token, row, low, high, token < m ? scale[token] : 0.0f, row_scales, residual_of(token, row));
   }
 };

@@ -215,6 +215,7 @@ __device__ __forceinline__ void run(const Work& work) {
 #if CLUSTER > 1
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");  // all blocks of the cluster have begun
 #endif
+  [[maybe_unused]] const Ratios ratios(work.clip);
   wait_for_last();
   fetch(blockIdx.x / CLUSTER);
   for (u64 token = blockIdx.x / CLUSTER; token < work.m; token += gridDim.x / CLUSTER) {
@@ -266,7 +267,7 @@ __device__ __forceinline__ void run(const Work& work) {
     }
 #endif
 #if BITS_OUT
-    const Range range = make_range<BITS_OUT, SYMMETRIC, false>(low, high, work.clip);
+    const Range range = make_range<BITS_OUT, SYMMETRIC, false>(low, high, ratios);
     if (threadIdx.x == 0 && rank == 0) {
       work.scale[token] = range.scale;
       if (!SYMMETRIC) work.zero[token] = (int)range.zero;

@@ -8,11 +8,23 @@ struct Store {
   u8* codes;
   u16* scale;  // float16, whatever the model's dtype is
   short* zero;
-  const float* clip;
+};
+
+// Where a position of a sequence lies.
+struct Place {
+  const int* table;
+  u64 sequence, head, heads, slots, pages;
+
+  __device__ __forceinline__ bool exists(int position) const { return position >= 0 && position < (int)(slots * pages); }
+  __device__ __forceinline__ u64 slot(int position) const {
+    const u64 page = table ? table[sequence * pages + position / (int)slots] : sequence;
+    return (page * heads + head) * slots + position % (int)slots;
+  }
 };
 
 template <int Dim, bool Symmetric>
-__device__ __forceinline__ void write_row(const u16* from, const Store& store, u64 slot, int lane) {
+__device__ __forceinline__ void write_row(const u16* from, const Store& store, const Ratios& ratios, const Place& place,
+                                          int position, int lane) {
   constexpr int PAIRS = (Dim / 2 + 31) / 32;
   float pairs[PAIRS][2], low = __uint_as_float(0x7f800000u), high = -low;
 #pragma unroll
@@ -23,7 +35,9 @@ __device__ __forceinline__ void write_row(const u16* from, const Store& store, u
     low = fminf(low, fminf(pairs[i][0], pairs[i][1])), high = fmaxf(high, fmaxf(pairs[i][0], pairs[i][1]));
   }
   low = -reduce_warp<true>(-low), high = reduce_warp<true>(high);
-  const Range range = make_range<4, Symmetric, true>(low, high, store.clip);
+  const Range range = make_range<4, Symmetric, true>(low, high, ratios);
+  if (!place.exists(position)) return;  // not earlier: its length is on its way while the row is
+  const u64 slot = place.slot(position);
 #pragma unroll
   for (int i = 0; i < PAIRS; ++i) {
     if (i * 32 + lane >= Dim / 2) break;
@@ -48,18 +62,19 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   const int lane = threadIdx.x & 31;
   const u64 rows = batch * heads * tokens, at = (u64)blockIdx.x * WARPS + (threadIdx.x >> 5);
   let_next_begin();
+  const bool of_keys = at < rows;
+  const Ratios ratios(of_keys ? key_clip : value_clip);
   wait_for_last();
   if (at >= 2 * rows) return;
   const u64 row = at % rows, head = row % heads, token = row / heads % tokens, sequence = row / heads / tokens;
+  const Place place{table, sequence, head, heads, slots, pages};
   const int position = lengths[sequence] - (int)tokens + (int)token;
-  if (position < 0 || position >= (int)(slots * pages)) return;
-  const u64 page = table ? table[sequence * pages + position / (int)slots] : sequence;
-  const u64 slot = (page * heads + head) * slots + position % (int)slots;
-  if (at < rows) {
-    const Store store{key_codes, key_scale, key_zero, key_clip};
-    write_row<KEY_DIM, KEY_SYMMETRIC>(key + sequence * key_b + head * key_h + token * key_t, store, slot, lane);
+  if (of_keys) {
+    const Store store{key_codes, key_scale, key_zero};
+    write_row<KEY_DIM, KEY_SYMMETRIC>(key + sequence * key_b + head * key_h + token * key_t, store, ratios, place, position, lane);
   } else {
-    const Store store{value_codes, value_scale, value_zero, value_clip};
-    write_row<VALUE_DIM, VALUE_SYMMETRIC>(value + sequence * value_b + head * value_h + token * value_t, store, slot, lane);
+    const Store store{value_codes, value_scale, value_zero};
+    write_row<VALUE_DIM, VALUE_SYMMETRIC>(value + sequence * value_b + head * value_h + token * value_t, store, ratios, place, position,
+                                          lane);
   }
 }

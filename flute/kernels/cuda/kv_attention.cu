@@ -1,41 +1,27 @@
 // Attention of few queries over an int4 cache (flute/kernels/attention.py), split along the cache.
 //
-// A block takes one key head of one sequence, 16 rows of queries (query heads of the group times tokens), and one of
-// `splits` parts of the cache; its warps take blocks of 16 positions in turn. Codes go from memory to registers and become
-// 16-bit integers there, exactly. No column of K or V is moved: a product may take its k in any order that both operands
-// share, and a lane's word of eight codes gives four pairs (0 4) (1 5) (2 6) (3 7), so queries are read in that order. For
-// values, words of two neighbouring positions are interleaved to pairs of positions.
+// A block takes one key head of one sequence, 8 rows of queries (query heads of the group times tokens), and one of
+// `splits` parts of the cache; its warps take steps of positions in turn, and ask for the next ones as soon as registers
+// are free. Codes are the operand with 16 rows of the tensor core, queries the one with 8, so scores are positions x
+// queries and sums are columns of V x queries:
 //
-//     s = scale_k (q . code - zero_k sum(q))    p = 2^(s - m)    o = sum p scale_v code - sum p scale_v zero_v
+//     s = scale_k (q . u - zero_k sum(q))    p = 2^(s - m)    o = sum p scale_v u - sum p scale_v zero_v
 //
-// m is the running maximum of s + log2(scale_v): what becomes a 16-bit operand, p scale_v, is then at most 1. Warps, and
-// then the parts of the cache (kv_merge), are added in order: the same bits on every run.
+// kv_rows.cuh says how codes become numbers u. Queries, in float16 whatever the model's dtype, are scaled by a power of
+// two that leaves room for 1/16 of those that meet a high nibble; products may take their k in any order that both
+// operands share, here that of the masks. m is the running maximum of s + log2(scale_v), so p scale_v, the other 16-bit
+// operand, is at most 1. Warps, and then parts of the cache, are added in order: the same bits on every run. Parts meet
+// in a cluster's shared memory, or, where there are more than a cluster holds, in kv_merge.
 //
-// Host macros: BF16, RANGES, KEY_DIM, VALUE_DIM (multiples of 8), KEY_SYMMETRIC, VALUE_SYMMETRIC.
+// Host macros: BF16, RANGES, and those of kv_rows.cuh.
 
-constexpr int WARPS = 4, BLOCK = 16;
-constexpr int WORDS = KEY_DIM / 8, OWN = (WORDS + 3) / 4;               // of a key; a lane's
-constexpr int VALUE_WORDS = VALUE_DIM / 8, TURNS = (VALUE_WORDS + 7) / 8;  // of a value; words a lane has of each
-constexpr int PARTIAL = VALUE_DIM + 2;                                  // sums, maximum, denominator
-constexpr int AHEAD = KEY_DIM + VALUE_DIM <= 256;  // whether registers are left for the next block of positions
-constexpr float NOTHING = -1e30f;  // a maximum over no position; finite, so that differences stay numbers
+constexpr int WARPS = 4, ROWS = 8, MOST_TOGETHER = 8;
+constexpr int PARTIAL = VALUE_DIM + 2;              // sums, maximum, denominator
+constexpr float NOTHING = -1e30f, HIDDEN = -2e30f;  // a maximum over no position; the score of one that is not seen
 
-// Pair number i (0 to 3) of a word of codes: (i, i + 4) as 16-bit floats.
-__device__ __forceinline__ u32 pair_of(u32 word, int i) {
-  u32 biased, result;
-#if BF16
-  asm("lop3.b32 %0, %1, 0x000f000f, 0x43084308, 0x6a;" : "=r"(biased) : "r"(word >> 4 * i));
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(biased), "r"(0x3f803f80u), "r"(0xc308c308u));
-#else
-  asm("lop3.b32 %0, %1, 0x000f000f, 0x64086408, 0x6a;" : "=r"(biased) : "r"(word >> 4 * i));
-  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(biased), "r"(0x64086408u));
-#endif
-  return result;
-}
-
-__device__ __forceinline__ float half_to_float(u16 value) {
-  float result;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value));
+__device__ __forceinline__ u32 pack_halves(float low, float high) {
+  u32 result;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
   return result;
 }
 
@@ -45,262 +31,314 @@ __device__ __forceinline__ float exp2(float x) {
   return result;
 }
 
-struct Store {
-  const u8* codes;
-  const u16* scale;
-  const short* zero;
-};
+__device__ __forceinline__ float log2(float x) {
+  float result;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
 
-// A lane's share of 16 positions: K words of positions g and g + 8; V words of 2 t, 2 t + 1, 2 t + 8, 2 t + 9, and scales
-// and zeros of these.
-struct Loaded {
-  u32 key[2][OWN], value[4][TURNS];
-  u16 key_scale[4], value_scale[4];
-  short key_zero[4], value_zero[4];
+// 8 x 8 16-bit numbers over the lanes, transposed.
+__device__ __forceinline__ u32 transposed(u32 pair) {
+  u32 result;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
+  return result;
+}
 
-  __device__ __forceinline__ void load(const Store& keys, const Store& values, u64 slot, int left, int lane) {
-    const int g = lane >> 2, t = lane & 3;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const u32* from = (const u32*)(keys.codes + (slot + g + 8 * half) * (KEY_DIM / 2)) + t * OWN;
-      const bool there = g + 8 * half < left;
-      if (OWN % 4 == 0 && WORDS % 4 == 0) {
-#pragma unroll
-        for (int j = 0; j < OWN; j += 4) {
-          const uint4 four = there ? *(const uint4*)(from + j) : make_uint4(0, 0, 0, 0);
-          key[half][j] = four.x, key[half][j + 1] = four.y, key[half][j + 2] = four.z, key[half][j + 3] = four.w;
-        }
-      } else {
-#pragma unroll
-        for (int j = 0; j < OWN; ++j) key[half][j] = there && t * OWN + j < WORDS ? from[j] : 0;
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int position = 2 * t + i % 2 + i / 2 * 8;
-      const bool there = position < left;
-      const u32* from = (const u32*)(values.codes + (slot + position) * (VALUE_DIM / 2));
-#pragma unroll
-      for (int turn = 0; turn < TURNS; ++turn) value[i][turn] = there && g + 8 * turn < VALUE_WORDS ? from[g + 8 * turn] : 0;
-      key_scale[i] = there ? keys.scale[slot + position] : (u16)0, value_scale[i] = there ? values.scale[slot + position] : (u16)0;
-      if (!KEY_SYMMETRIC) key_zero[i] = there ? keys.zero[slot + position] : (short)0;
-      if (!VALUE_SYMMETRIC) value_zero[i] = there ? values.zero[slot + position] : (short)0;
-    }
-  }
-};
+__device__ __forceinline__ void half_step(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
 
-// Queries as A fragments, in the order of pair_of(); rows beyond the last are zeros.
+// Queries as B fragments in the order of low_pair() and high_pair(), scaled; a lane has words of query g, and the sums of
+// queries 2 t and 2 t + 1.
 struct Queries {
-  u32 a[OWN][2][4];
-  float sum[2];
+  u32 low[OWN][2], high[OWN][2];
+  float sum[2], inverse;  // of the power of two, and of 2^-24
 
   __device__ __forceinline__ void load(const u16* query, int rows, int lane) {
     const int g = lane >> 2, t = lane & 3;
-    sum[0] = sum[1] = 0.0f;
+    float values[OWN][8], most = 0.0f, all = 0.0f;
+#pragma unroll
+    for (int j = 0; j < OWN; ++j) {
+      const bool there = g < rows && t * OWN + j < WORDS;
+      const uint4 eight = there ? *(const uint4*)(query + g * KEY_DIM + 8 * (t * OWN + j)) : make_uint4(0, 0, 0, 0);
+      const u32 words[4] = {eight.x, eight.y, eight.z, eight.w};
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        values[j][e] = wide((u16)(words[e / 2] >> 16 * (e % 2)));
+        most = fmaxf(most, fabsf(values[j][e]));
+      }
+    }
+    const int exponent = min(max((int)(__float_as_uint(reduce_warp<true>(most)) >> 23) - 127, -80), 117);
+    const float factor = __uint_as_float((u32)(127 + 14 - exponent) << 23);  // the largest becomes 2^14 to 2^15
+    inverse = __uint_as_float((u32)(127 + 10 + exponent) << 23);
 #pragma unroll
     for (int j = 0; j < OWN; ++j) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = g + 8 * half, word = t * OWN + j;
-        const bool there = row < rows && word < WORDS;
-        const uint4 eight = there ? *(const uint4*)(query + (u64)row * KEY_DIM + 8 * word) : make_uint4(0, 0, 0, 0);
-#pragma unroll
-        for (int pair = 0; pair < 4; ++pair) {
-          const u32 low = pair < 2 ? eight.x : eight.y, high = pair < 2 ? eight.z : eight.w;
-          const u32 both = __byte_perm(low, high, pair % 2 ? 0x7632 : 0x5410);
-          a[j][pair / 2][pair % 2 * 2 + half] = both;
-          if (!KEY_SYMMETRIC) sum[half] += wide((u16)both) + wide((u16)(both >> 16));
-        }
+        const float* v = values[j] + 2 * half;
+        low[j][half] = pack_halves(v[0] * factor, v[4] * factor);
+        high[j][half] = pack_halves(v[1] * factor * 0.0625f, v[5] * factor * 0.0625f);
+        all += half_to_float((u16)low[j][half]) + half_to_float((u16)(low[j][half] >> 16));
+        all += 16.0f * (half_to_float((u16)high[j][half]) + half_to_float((u16)(high[j][half] >> 16)));
       }
     }
-    if (!KEY_SYMMETRIC) {
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        sum[row] += __shfl_xor_sync(~0u, sum[row], 1);
-        sum[row] += __shfl_xor_sync(~0u, sum[row], 2);
-      }
-    }
+    all += __shfl_xor_sync(~0u, all, 1), all += __shfl_xor_sync(~0u, all, 2);
+    sum[0] = __shfl_sync(~0u, all, 8 * t) * 5.9604644775390625e-8f;  // 2^-24, as products have it
+    sum[1] = __shfl_sync(~0u, all, 8 * t + 4) * 5.9604644775390625e-8f;
   }
 };
 
-// What a warp has summed of its 16 rows; a lane has rows g and g + 8.
+// What a warp has summed; a lane has queries 2 t and 2 t + 1, of the totals what its positions gave.
 struct Running {
-  float most[2], total[2], zeros[2], sums[8 * TURNS][4];
+  float most[2], total[2], zeros[2], sums[4 * TURNS][4];
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
-    for (int row = 0; row < 2; ++row) most[row] = NOTHING, total[row] = 0.0f, zeros[row] = 0.0f;
+    for (int query = 0; query < 2; ++query) most[query] = NOTHING, total[query] = 0.0f, zeros[query] = 0.0f;
 #pragma unroll
-    for (int i = 0; i < 8 * TURNS; ++i) sums[i][0] = sums[i][1] = sums[i][2] = sums[i][3] = 0.0f;
+    for (int i = 0; i < 4 * TURNS; ++i) sums[i][0] = sums[i][1] = sums[i][2] = sums[i][3] = 0.0f;
   }
 
-  // `first`, `last`: positions that row g (and g + 8) may see, counted from this block's first.
-  __device__ __forceinline__ void add(const Queries& queries, const Loaded& now, float scaling, int first,
-                                      const int (&last)[2], int lane) {
-    const int t = lane & 3;
-    float s[2][4] = {};
+  // A new maximum; what was summed under the old one shrinks.
+  __device__ __forceinline__ void raise(const float (&next)[2]) {
+    if (!__any_sync(~0u, next[0] > most[0] || next[1] > most[1])) return;
 #pragma unroll
-    for (int j = 0; j < OWN; ++j) {
+    for (int query = 0; query < 2; ++query) {
+      const float shrink = exp2(most[query] - next[query]);
+      most[query] = next[query], total[query] *= shrink, zeros[query] *= shrink;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int step = 0; step < 2; ++step) {
-          tensor_step(s[half], queries.a[j][step], pair_of(now.key[half][j], 2 * step), pair_of(now.key[half][j], 2 * step + 1));
-        }
-      }
+      for (int i = 0; i < 4 * TURNS; ++i) sums[i][query] *= shrink, sums[i][2 + query] *= shrink;
     }
-    float value_scale[4], next[2] = {most[0], most[1]};
+  }
+
+  // s: [tile][position g of RUN, next to it][query], scores; they become p scale_v as B fragments of the second product.
+  __device__ __forceinline__ void weigh(u32 (&p)[TILES][2], const float (&s)[TILES][4], const Values& values) {
+    float next[2] = {most[0], most[1]};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {  // position 2 t + i % 2 + 8 (i / 2)
-      const int position = 2 * t + i % 2 + i / 2 * 8;
-      const float key_scale = half_to_float(now.key_scale[i]) * scaling;
-      value_scale[i] = half_to_float(now.value_scale[i]);
-      const float weight = __log2f(value_scale[i]);
+    for (int i = 0; i < RUN; ++i) {
+      const float weight = log2(half_to_float(values.scale.at(i)));
 #pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        float& score = s[i / 2][2 * row + i % 2];
-        if (!KEY_SYMMETRIC) score -= (float)now.key_zero[i] * queries.sum[row];
-        score *= key_scale;
-        if (position < first || position > last[row]) score = NOTHING;
-        else next[row] = fmaxf(next[row], score + weight);
-      }
-    }
-    u32 p[4];
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      next[row] = fmaxf(next[row], __shfl_xor_sync(~0u, next[row], 1));
-      next[row] = fmaxf(next[row], __shfl_xor_sync(~0u, next[row], 2));
-      const float shrink = exp2(most[row] - next[row]);
-      most[row] = next[row], total[row] *= shrink, zeros[row] *= shrink;
-#pragma unroll
-      for (int i = 0; i < 8 * TURNS; ++i) sums[i][2 * row] *= shrink, sums[i][2 * row + 1] *= shrink;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float weighted[2];
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const float score = s[half][2 * row + e], likely = score == NOTHING ? 0.0f : exp2(score - next[row]);
-          total[row] += likely;
-          weighted[e] = likely * value_scale[2 * half + e];
-        }
-        const u32 pair = narrow_pair(weighted[0], weighted[1]);
-        p[2 * half + row] = pair;
-        if (!VALUE_SYMMETRIC) {
-          zeros[row] += wide((u16)pair) * (float)now.value_zero[2 * half];
-          zeros[row] += wide((u16)(pair >> 16)) * (float)now.value_zero[2 * half + 1];
-        }
-      }
+      for (int query = 0; query < 2; ++query) next[query] = fmaxf(next[query], s[i / 2][i % 2 * 2 + query] + weight);
     }
 #pragma unroll
-    for (int turn = 0; turn < TURNS; ++turn) {
+    for (int apart = 4; apart < 32; apart *= 2) {
 #pragma unroll
-      for (int high = 0; high < 2; ++high) {
-        const u32 near = __byte_perm(now.value[0][turn], now.value[1][turn], high ? 0x7632 : 0x5410);
-        const u32 far = __byte_perm(now.value[2][turn], now.value[3][turn], high ? 0x7632 : 0x5410);
+      for (int query = 0; query < 2; ++query) next[query] = fmaxf(next[query], __shfl_xor_sync(~0u, next[query], apart));
+    }
+    raise(next);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) tensor_step(sums[8 * turn + 4 * high + i], p, pair_of(near, i), pair_of(far, i));
+    for (int i = 0; i < RUN; ++i) {
+      const float scale = half_to_float(values.scale.at(i)), zero = values.zero_of(i);
+      float weighted[2];
+#pragma unroll
+      for (int query = 0; query < 2; ++query) {
+        const float likely = exp2(s[i / 2][i % 2 * 2 + query] - most[query]);
+        total[query] += likely, weighted[query] = likely * scale;
+      }
+      const u32 pair = pack_halves(weighted[0], weighted[1]);
+      zeros[0] = __fmaf_rn(half_to_float((u16)pair), zero, zeros[0]);
+      zeros[1] = __fmaf_rn(half_to_float((u16)(pair >> 16)), zero, zeros[1]);
+      p[i / 2][i % 2] = transposed(pair);
+    }
+  }
+
+  // Rows g and g + 8 of a product are columns 8 word + 2 i and the next of V, from words of two positions each.
+  __device__ __forceinline__ void add(const u32 (&p)[TILES][2], const Values& values) {
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) {
+#pragma unroll
+      for (int turn = 0; turn < TURNS; ++turn) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          u32 a[4];
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const u32 one = values.words[2 * tile + half][turn], other = values.words[RUN + 2 * tile + half][turn];
+            const u32 both = __byte_perm(one, other, i < 2 ? 0x5410 : 0x7632) >> 8 * (i % 2);
+            a[2 * half] = low_pair(both), a[2 * half + 1] = high_pair(both);
+          }
+          half_step(sums[4 * turn + i], a, p[tile]);
+        }
       }
     }
   }
 };
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS)
-    kv_attention(const u16* query, const u8* key_codes, const u16* key_scale, const short* key_zero, const u8* value_codes,
-                 const u16* value_scale, const short* value_zero, const int* lengths, const int* starts, const int* table,
-                 u16* out, float* partial, u64 heads, u64 group, u64 tokens, u64 slots, u64 pages, float scaling) {
-  extern __shared__ __align__(16) u8 memory[];
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-  const int split = blockIdx.x, splits = gridDim.x, sequence = blockIdx.y / (int)heads, head = blockIdx.y % (int)heads;
-  const int all_rows = (int)(group * tokens), row0 = blockIdx.z * 16, rows = min(16, all_rows - row0);
-  let_next_begin();
-  wait_for_last();
-  const Store keys{key_codes, key_scale, key_zero}, values{value_codes, value_scale, value_zero};
-  const int length = min(lengths[sequence], (int)(slots * pages)), start = starts ? max(starts[sequence], 0) : 0;
-  const u64 first_row = (u64)blockIdx.y * all_rows + row0;
-  Queries queries;
-  queries.load(query + first_row * KEY_DIM, rows, lane);
-  int last[2];
+// Scores of a step; scaling: of all queries, with their inverse.
+__device__ __forceinline__ void score(float (&s)[TILES][4], const Queries& queries, const Keys& keys, float scaling) {
 #pragma unroll
-  for (int row = 0; row < 2; ++row) last[row] = length - (int)tokens + (row0 + g + 8 * row) % (int)tokens;
-
-  const int lowest = start / BLOCK, blocks = max((length + BLOCK - 1) / BLOCK - lowest, 0);
-  const int begin = lowest + blocks * split / splits, end = lowest + blocks * (split + 1) / splits;
-  const auto slot_of = [&](int block) {
-    const int position = block * BLOCK;
-    const u64 page = table ? table[(u64)sequence * pages + position / (int)slots] : sequence;
-    return (page * heads + head) * slots + position % (int)slots;
-  };
-  Running running;
-  running.clear();
-  Loaded next;
-  if (AHEAD && begin + warp < end) next.load(keys, values, slot_of(begin + warp), length - (begin + warp) * BLOCK, lane);
-  for (int block = begin + warp; block < end; block += WARPS) {
-    const Loaded now = next;
-    const int after = block + AHEAD * WARPS;
-    if (after < end) next.load(keys, values, slot_of(after), length - after * BLOCK, lane);
-    const int seen[2] = {last[0] - block * BLOCK, last[1] - block * BLOCK};
-    running.add(queries, AHEAD ? now : next, scaling, start - block * BLOCK, seen, lane);
-  }
-
-  // [warp][row][PARTIAL]; a lane's columns are those of its words
-  float* sums = (float*)memory;
+  for (int tile = 0; tile < TILES; ++tile) {
+    s[tile][0] = s[tile][1] = s[tile][2] = s[tile][3] = 0.0f;
 #pragma unroll
-  for (int row = 0; row < 2; ++row) {
-    float total = running.total[row], zeros = running.zeros[row];
-    total += __shfl_xor_sync(~0u, total, 1), zeros += __shfl_xor_sync(~0u, zeros, 1);
-    total += __shfl_xor_sync(~0u, total, 2), zeros += __shfl_xor_sync(~0u, zeros, 2);
-    float* mine = sums + (warp * 16 + g + 8 * row) * PARTIAL;
-    if (t == 0) mine[VALUE_DIM] = running.most[row], mine[VALUE_DIM + 1] = total;
+    for (int j = 0; j < OWN; ++j) {
+      const u32 one = keys.words[2 * tile][j], other = keys.words[2 * tile + 1][j];
+      const u32 low[4] = {low_pair(one), low_pair(other), low_pair(one >> 8), low_pair(other >> 8)};
+      const u32 high[4] = {high_pair(one), high_pair(other), high_pair(one >> 8), high_pair(other >> 8)};
+      half_step(s[tile], low, queries.low[j]);
+      half_step(s[tile], high, queries.high[j]);
+    }
 #pragma unroll
-    for (int i = 0; i < 8 * TURNS; ++i) {
+    for (int half = 0; half < 2; ++half) {
+      const float scale = half_to_float(keys.scale.at(2 * tile + half)) * scaling, zero = keys.zero_of(2 * tile + half);
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int column = 8 * (2 * t + e + i / 8 * 8) + i % 8;
-        if (column < VALUE_DIM) mine[column] = running.sums[i][2 * row + e] - zeros;
+      for (int query = 0; query < 2; ++query) {
+        float& mine = s[tile][2 * half + query];
+        mine = __fmaf_rn(-zero, queries.sum[query], mine) * scale;
       }
-    }
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < rows * VALUE_DIM; i += 32 * WARPS) {
-    const int row = i / VALUE_DIM, column = i % VALUE_DIM;
-    float most = NOTHING, total = 0.0f, sum = 0.0f;
-#pragma unroll
-    for (int from = 0; from < WARPS; ++from) most = fmaxf(most, sums[(from * 16 + row) * PARTIAL + VALUE_DIM]);
-#pragma unroll
-    for (int from = 0; from < WARPS; ++from) {
-      const float* theirs = sums + (from * 16 + row) * PARTIAL;
-      const float share = exp2(theirs[VALUE_DIM] - most);
-      sum += share * theirs[column], total += share * theirs[VALUE_DIM + 1];
-    }
-    if (splits == 1) {
-      out[(first_row + row) * VALUE_DIM + column] = narrow(total > 0.0f ? sum / total : 0.0f);
-    } else {
-      float* to = partial + ((first_row + row) * splits + split) * PARTIAL;
-      to[column] = sum;
-      if (column == 0) to[VALUE_DIM] = most, to[VALUE_DIM + 1] = total;
     }
   }
 }
 
-// The parts of one row of queries, in order; shares: a float a part in shared memory.
+// A warp's sums to shared memory: [row][PARTIAL].
+__device__ __forceinline__ void leave(float* to, Running& running, int lane) {
+  const int g = lane >> 2, t = lane & 3;
+#pragma unroll
+  for (int query = 0; query < 2; ++query) {
+    float total = running.total[query], zeros = running.zeros[query];
+#pragma unroll
+    for (int apart = 4; apart < 32; apart *= 2) {
+      total += __shfl_xor_sync(~0u, total, apart), zeros += __shfl_xor_sync(~0u, zeros, apart);
+    }
+    float* mine = to + (2 * t + query) * PARTIAL;
+    if (g == 0) mine[VALUE_DIM] = running.most[query], mine[VALUE_DIM + 1] = total;
+#pragma unroll
+    for (int i = 0; i < 4 * TURNS; ++i) {
+      const int column = 8 * (g * TURNS + i / 4) + 2 * (i % 4);
+      if (column >= VALUE_DIM) continue;
+      mine[column] = running.sums[i][query] * 16777216.0f - zeros;
+      mine[column + 1] = running.sums[i][2 + query] * 1048576.0f - zeros;
+    }
+  }
+}
+
+// Sum, maximum and denominator of one column: of COUNT places, in their order.
+struct Merged {
+  float sum = 0.0f, most = NOTHING, total = 0.0f;
+
+  template <int COUNT, class Place>
+  __device__ __forceinline__ void add(int count, int column, Place place) {
+    float sums[COUNT], mosts[COUNT], totals[COUNT];
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {  // all on their way before the first is needed
+      const float* there = place(min(i, count - 1));
+      sums[i] = there[column], mosts[i] = there[VALUE_DIM], totals[i] = there[VALUE_DIM + 1];
+    }
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) most = fmaxf(most, mosts[i]);
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      const float share = i < count ? exp2(mosts[i] - most) : 0.0f;
+      sum += share * sums[i], total += share * totals[i];
+    }
+  }
+
+  __device__ __forceinline__ u16 mean() const { return narrow(total > 0.0f ? sum / total : 0.0f); }
+};
+
+// Address of the same place in the shared memory of another block of the cluster.
+__device__ __forceinline__ const float* in_block(const float* mine, int block) {
+#if __CUDA_ARCH__ >= 900
+  u64 there;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(mine), "r"(block));
+  return (const float*)there;
+#else
+  return mine;
+#endif
+}
+
+__device__ __forceinline__ void meet_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
+    kv_attention(const u16* query, const u8* key_codes, const u16* key_scale, const short* key_zero, const u8* value_codes,
+                 const u16* value_scale, const short* value_zero, const int* lengths, const int* starts, const int* table,
+                 u16* out, float* partial, u64 heads, u64 group, u64 tokens, u64 slots, u64 pages, u64 splits, float scaling) {
+  extern __shared__ __align__(16) float sums[];  // [warp][row][PARTIAL], and once more for their sum
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, t = lane & 3;
+  const int split = blockIdx.x % (u32)splits, row0 = blockIdx.x / (u32)splits * ROWS, all_rows = (int)(group * tokens);
+  const int rows = min(ROWS, all_rows - row0), sequence = blockIdx.y / (u32)heads;
+  const u64 first_row = (u64)blockIdx.y * all_rows + row0;
+  let_next_begin();
+  wait_for_last();
+  const int length = min(lengths[sequence], (int)(slots * pages)), start = starts ? max(starts[sequence], 0) : 0;
+  const Work work{{key_codes, key_scale, key_zero}, {value_codes, value_scale, value_zero}, table, heads, slots, pages,
+                  sequence, (int)(blockIdx.y % (u32)heads), lane, length, slots % RUN == 0};
+  const int lowest = start / STEP, steps = max((length + STEP - 1) / STEP - lowest, 0);
+  const int first = lowest + steps * split / (int)splits + warp, end = lowest + steps * (split + 1) / (int)splits;
+
+  Keys keys;
+  Values values;
+  if (first < end) work.load_keys(keys, first), work.load_values(values, first);
+  Queries queries;
+  queries.load(query + first_row * KEY_DIM, rows, lane);
+  scaling *= queries.inverse;
+  Running running;
+  running.clear();
+  for (int step = first; step < end; step += WARPS) {
+    float s[TILES][4];
+    u32 p[TILES][2];
+    score(s, queries, keys, scaling);
+    if (step + WARPS < end) work.load_keys(keys, step + WARPS);
+    if (step * STEP < start || work.left(step) - (int)tokens + 1 < STEP) {  // not all of it is seen by all
+#pragma unroll
+      for (int i = 0; i < 2 * RUN; ++i) {
+        const int position = step * STEP + (lane >> 2) * RUN + i / 2, token = (row0 + 2 * t + i % 2) % (int)tokens;
+        if (position < start || position > length - (int)tokens + token) s[i / 4][i % 4] = HIDDEN;
+      }
+    }
+    running.weigh(p, s, values);
+    running.add(p, values);
+    if (step + WARPS < end) work.load_values(values, step + WARPS);
+  }
+
+  leave(sums + warp * ROWS * PARTIAL, running, lane);
+  __syncthreads();
+  const bool together = splits > 1 && !partial;
+  float* block_sums = sums + WARPS * ROWS * PARTIAL;
+  for (int i = threadIdx.x; i < rows * VALUE_DIM; i += 32 * WARPS) {
+    const int row = i / VALUE_DIM, column = i % VALUE_DIM;
+    Merged merged;
+    merged.add<WARPS>(WARPS, column, [&](int from) { return sums + (from * ROWS + row) * PARTIAL; });
+    if (splits == 1) {
+      out[(first_row + row) * VALUE_DIM + column] = merged.mean();
+    } else {
+      float* to = together ? block_sums + row * PARTIAL : partial + ((first_row + row) * splits + split) * PARTIAL;
+      to[column] = merged.sum;
+      if (column == 0) to[VALUE_DIM] = merged.most, to[VALUE_DIM + 1] = merged.total;
+    }
+  }
+  if (together) {
+    meet_cluster();
+    for (int i = threadIdx.x + split * 32 * WARPS; i < rows * VALUE_DIM; i += (int)splits * 32 * WARPS) {
+      const int row = i / VALUE_DIM, column = i % VALUE_DIM;
+      Merged merged;
+      merged.add<MOST_TOGETHER>((int)splits, column, [&](int block) { return in_block(block_sums + row * PARTIAL, block); });
+      out[(first_row + row) * VALUE_DIM + column] = merged.mean();
+    }
+    meet_cluster();  // others may still be reading
+  }
+}
+
+// The parts of one row of queries, in order.
 extern "C" __global__ void __launch_bounds__(128) kv_merge(const float* partial, u16* out, u64 splits) {
-  extern __shared__ __align__(16) float shares[];
-  __shared__ float scratch[8];
   let_next_begin();
   wait_for_last();
   const float* from = partial + (u64)blockIdx.x * splits * PARTIAL;
-  float most = NOTHING, total = 0.0f;
-  for (int i = threadIdx.x; i < (int)splits; i += 128) most = fmaxf(most, from[i * PARTIAL + VALUE_DIM]);
-  most = reduce_block<4, true>(most, scratch);
-  for (int i = threadIdx.x; i < (int)splits; i += 128) {
-    shares[i] = exp2(from[i * PARTIAL + VALUE_DIM] - most);
-    total += shares[i] * from[i * PARTIAL + VALUE_DIM + 1];
-  }
-  total = reduce_block<4, false>(total, scratch + 4);
+  float most = NOTHING;
+#pragma unroll 8
+  for (int i = 0; i < (int)splits; ++i) most = fmaxf(most, from[i * PARTIAL + VALUE_DIM]);
   for (int column = threadIdx.x; column < VALUE_DIM; column += 128) {
-    float sum = 0.0f;
-#pragma unroll 16
-    for (int i = 0; i < (int)splits; ++i) sum += shares[i] * from[i * PARTIAL + column];
+    float total = 0.0f, sum = 0.0f;
+#pragma unroll 8
+    for (int i = 0; i < (int)splits; ++i) {
+      const float share = exp2(from[i * PARTIAL + VALUE_DIM] - most);
+      sum += share * from[i * PARTIAL + column], total += share * from[i * PARTIAL + VALUE_DIM + 1];
+    }
     out[(u64)blockIdx.x * VALUE_DIM + column] = narrow(total > 0.0f ? sum / total : 0.0f);
   }
 }

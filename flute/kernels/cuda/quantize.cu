@@ -8,6 +8,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     quantize(const u16* x, const float* clip, u8* codes, float* scale, int* zero, u64 n) {
   __shared__ float scratch[2 * WARPS];
   let_next_begin();
+  const Ratios ratios(clip);
   wait_for_last();
   const u64 token = blockIdx.x;
   x += token * n, codes += token * n;
@@ -18,7 +19,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   }
   high = reduce_block<WARPS, true>(high, scratch);
   low = -reduce_block<WARPS, true>(-low, scratch + WARPS);
-  const Range range = make_range<BITS_OUT, SYMMETRIC, false>(low, high, clip);
+  const Range range = make_range<BITS_OUT, SYMMETRIC, false>(low, high, ratios);
   if (threadIdx.x == 0) {
     scale[token] = range.scale;
     if (!SYMMETRIC) zero[token] = (int)range.zero;

@@ -5,11 +5,17 @@ struct Range {
   float scale, zero, inverse, doubt;  // doubt: how near to a half a product with the inverse may err, see make_codes
 };
 
+// What a row's largest and smallest number are multiplied with. No launch writes it: to be read before the one ahead is over.
+struct Ratios {
+  float of_high, of_low;
+  __device__ __forceinline__ explicit Ratios(const float* clip) : of_high(clip ? clip[0] : 1.0f), of_low(clip ? clip[1] : 1.0f) {}
+};
+
 // HalfScale: the scale is rounded to float16 before it divides (the KV cache's).
 template <int Bits, bool Symmetric, bool HalfScale>
-__device__ __forceinline__ Range make_range(float low, float high, const float* clip) {
+__device__ __forceinline__ Range make_range(float low, float high, const Ratios& ratios) {
   constexpr int HALF = 1 << (Bits - 1);
-  if (clip) low = __fmul_rn(low, clip[1]), high = __fmul_rn(high, clip[0]);
+  low = __fmul_rn(low, ratios.of_low), high = __fmul_rn(high, ratios.of_high);
   const float width = Symmetric ? fmaxf(fabsf(low), high) : __fsub_rn(high, low);
   float scale = __fdiv_rn(width, (float)(Symmetric ? HALF - 1 : 2 * HALF - 1));
   if (HalfScale) {
