@@ -1,12 +1,12 @@
-"""What FlatQuant costs in perplexity: one calibration, several presets, beside plain rounding and Hadamard rotations.
+"""What FlatQuant costs: one calibration, several presets, beside plain rounding and Hadamard rotations.
 
     python -m benchmarks.flatquant_accuracy MODEL --calibration valid.txt --text wiki.test.raw -o results.csv
 
-Rows are written as they come. ``rtn``: no transform, no clip. ``hadamard``: fixed rotations at every site (QuaRot's
-way), activations clipped at 0.9 and keys and values at 0.95 of their range as there, weights with the least squared
-error of a grid of clips. ``flatquant``: learned for W4A4KV4 (``closed form``: with --epochs 0, where it begins); other
-presets take its matrices and leave out clips that belong to other bits. ``fake``: numbers rounded in floating point;
-``real``: codes and integer weights.
+Rows are written as they come; ``kl``: mean of KL(dense || model) in nats per token, on the windows of the perplexity.
+``rtn``: no transform, no clip. ``hadamard``: fixed rotations at every site (QuaRot's way), activations clipped at 0.9,
+keys and values at 0.95 of their range as there, weights with the least squared error of a grid of clips. ``flatquant``:
+learned for W4A4KV4 (``closed form``: with --epochs 0, where it begins); other presets take its matrices and leave out
+clips that belong to other bits. ``fake``: numbers rounded in floating point; ``real``: codes and integer weights.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from flute.evaluate.perplexity import encode, perplexity
+from flute.evaluate.divergence import divergence
+from flute.evaluate.perplexity import encode
 from flute.flatquant.fake import fake
 from flute.flatquant.fold import FACTORS_OF, SITE_OF
 from flute.flatquant.matrices import Matrices
@@ -34,7 +35,7 @@ from flute.methods.flatquant import apply, calibrate
 
 BASE = PRESETS["w4a4kv4"]
 HEADER = ["model", "method", "preset", "path", "perplexity", "eval_windows", "eval_tokens_each", "samples",
-          "sample_tokens", "epochs", "calibration_seconds", "threads", "device", "torch"]  # fmt: skip
+          "sample_tokens", "epochs", "calibration_seconds", "threads", "device", "torch", "kl"]  # fmt: skip
 
 
 def hadamard_matrices(model: Any, windows: torch.Tensor, device: str) -> list[Matrices]:
@@ -96,10 +97,12 @@ def main() -> None:
         name, seconds = Path(options.model).name, 0.0
 
         def row(method: str, preset: str, path: str, candidate: Any, *, learned: bool = False) -> None:
-            found = perplexity(candidate, tokens, seq_len=options.eval_length, max_windows=options.eval_windows)
+            found = divergence(candidate, model, tokens, seq_len=options.eval_length, max_windows=options.eval_windows)
+            text = found.model
             made = [len(windows), options.window, options.epochs, round(seconds, 1)] if learned else ["", "", "", ""]
-            fields = [name, method, preset, path, round(found.perplexity, 4), found.windows, found.seq_len, *made]
-            writer.writerow([*fields, torch.get_num_threads(), options.device, torch.__version__])
+            fields = [name, method, preset, path, round(text.perplexity, 4), text.windows, text.seq_len, *made]
+            fields += [torch.get_num_threads(), options.device, torch.__version__, round(found.kl, 5)]
+            writer.writerow(fields)
             file.flush()
             print(*fields, flush=True)
 

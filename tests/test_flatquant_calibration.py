@@ -1,4 +1,4 @@
-"""The benchmark of calibration, at shapes that a CPU does in seconds."""
+"""Benchmarks around calibration, at shapes that a CPU does in seconds."""
 
 from pathlib import Path
 
@@ -6,10 +6,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks import flatquant_calibration, flatquant_traffic
+from benchmarks import flatness_peaks, flatquant_calibration, flatquant_traffic
 from benchmarks.flatquant_calibration import Row, random_folder
 from flute.bench.results import read_rows
 from flute.flatquant.spec import PRESETS
+from flute.integrations.folders import embedded
 
 
 def config() -> AutoConfig:
@@ -54,3 +55,22 @@ def test_a_step_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     printed = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [line[-1] for line in printed] == ["float32", "bfloat16", "products", "operators", "launches", "once"]
     assert layers < 1e12 * float(printed[1][0]) < found.flop["float32"]
+
+
+def test_peaks_of_three_blocks(tmp_path: Path) -> None:
+    flags = [
+        "--text",
+        str(embedded() / "heldout.txt"),
+        "--samples",
+        "1",
+        "--window",
+        "32",
+        "-o",
+        str(tmp_path / "p.csv"),
+    ]
+    flatness_peaks.main(["tiny", *flags])
+    _, rows = read_rows(tmp_path / "p.csv", flatness_peaks.Row)
+    assert len(rows) == 3 * 8 and {row.block for row in rows} == {0, 4, 7}
+    assert all(row.plain >= 1 and row.hadamard >= 1 for row in rows)
+    flattened = [row for row in rows if row.matrix == "down: activations"]
+    assert all(row.hadamard < row.plain / 2 for row in flattened)
