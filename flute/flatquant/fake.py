@@ -136,11 +136,11 @@ def _units(wide: torch.Tensor, row: _Row, kind: _Kind) -> torch.Tensor:
 def _gradients(wide: torch.Tensor, g: torch.Tensor, row: _Row, kind: _Kind) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """dx through each number itself, and of the row's numbers (..., 1): dtop, dbottom, ds and, if there is one, dz."""
     zero, units = row.grid.zero, _units(wide, row, kind)
-    codes = units.round()
+    whole = units.round()
     if zero is not None:
-        codes += zero
-    kept = codes.clamp(*limits(kind.bits, symmetric=kind.symmetric))
-    dx = g * (kept == codes)
+        whole += zero
+    kept = whole.clamp(*limits(kind.bits, symmetric=kind.symmetric))
+    dx = g * (kept == whole)
     if zero is not None:
         kept -= zero
     of_scale = kept.mul_(g).addcmul_(dx, units, value=-1).sum(-1, keepdim=True)
