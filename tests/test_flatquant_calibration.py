@@ -6,10 +6,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks import flatness_peaks, flatquant_calibration, flatquant_traffic
+from benchmarks import flatness_peaks, flatquant_calibration, flatquant_traffic, temperature
 from benchmarks.flatquant_calibration import Row, random_folder
 from flute.bench.results import read_rows
+from flute.evaluate.perplexity import encode, perplexity
 from flute.flatquant.spec import PRESETS
+from flute.integrations import folders
 from flute.integrations.folders import embedded
 
 
@@ -74,3 +76,15 @@ def test_peaks_of_three_blocks(tmp_path: Path) -> None:
     assert all(row.plain >= 1 and row.hadamard >= 1 for row in rows)
     flattened = [row for row in rows if row.matrix == "down: activations"]
     assert all(row.hadamard < row.plain / 2 for row in flattened)
+
+
+def test_temperature_of_logits(tmp_path: Path) -> None:
+    """At 1 it is the perplexity."""
+    text = embedded() / "heldout.txt"
+    temperature.main(["tiny", "--text", str(text), "--windows", "2", "--length", "64", "-o", str(tmp_path / "t.csv")])
+    _, rows = read_rows(tmp_path / "t.csv", temperature.Row)
+    model, tokenizer = folders.load(folders.find("tiny"), dtype=torch.float32)
+    truth = perplexity(model, encode(tokenizer, text.read_text()), seq_len=64, max_windows=2).perplexity
+    found = {row.temperature: row.perplexity for row in rows}
+    assert found[1.0] == pytest.approx(truth, rel=1e-3)
+    assert found[1.0] < min(found[0.95], found[1.15])
