@@ -8,13 +8,14 @@ import tiny_models
 import torch
 from flat_models import save_calibrated
 
+from flute.flatquant.fake import fake
 from flute.flatquant.modules import Codes, IntLinear, Site
 from flute.flatquant.rounding import codes, grid
 from flute.flatquant.spec import PRESETS, FlatSpec
 from flute.integrations.flatblocks import int4_cache
 from flute.kernels.tokens import quantize_rows
 from flute.methods.flat_train import Schedule
-from flute.methods.flatquant import apply, calibrate
+from flute.methods.flatquant import _kept, apply, calibrate
 
 pytestmark = pytest.mark.gpu
 
@@ -101,3 +102,23 @@ def test_calibration_on_a_gpu() -> None:
     assert all(
         t.device.type == "cpu" and torch.isfinite(t).all() for each in matrices for t in each.to_tensors().values()
     )
+
+
+@pytest.mark.parametrize("clamped", [True, False])
+def test_rounding_learns_as_on_a_cpu(clamped: bool) -> None:
+    x, ratios, g = torch.randn(300, 512), 0.6 + 0.4 * torch.rand(300, 2), torch.randn(300, 512)
+    found = []
+    for device in ("cpu", "cuda"):
+        leaves = [each.to(device).requires_grad_() for each in (x, ratios)]
+        y = fake(leaves[0], 4, clip=leaves[1], clamped=clamped)
+        y.backward(g.to(device))
+        found.append([y.detach().cpu(), *(leaf.grad.cpu() for leaf in leaves)])  # type: ignore[union-attr]
+    assert torch.equal(found[0][0], found[1][0])
+    for here, there in zip(found[0][1:], found[1][1:], strict=True):
+        assert float((here - there).norm() / here.norm()) < 1e-5
+
+
+def test_hidden_states_wait_where_a_gpu_reads_them() -> None:
+    x = torch.randn(3, 5, device="cuda")
+    kept = _kept(x, torch.device("cpu"))
+    assert kept.is_pinned() and torch.equal(kept, x.cpu()) and _kept(x, x.device) is x
