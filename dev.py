@@ -110,8 +110,8 @@ def test(arguments: list[str]) -> None:
     setup("test")
     if any(word.startswith("-n") for word in arguments):
         run(PYTHON, "-m", "pytest", *arguments)
-    else:  # two threads a worker: threaded code is exercised, and the workers do not fight for the cores
-        threads = os.environ.get("OMP_NUM_THREADS", "2")
+    else:  # a worker a core: second threads, also those of commands that tests start, would only wait for each other
+        threads = os.environ.get("OMP_NUM_THREADS", "1")
         run(PYTHON, "-m", "pytest", "-n", "auto", "--dist", "worksteal", *arguments, env={"OMP_NUM_THREADS": threads})
 
 

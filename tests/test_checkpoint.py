@@ -25,8 +25,6 @@ from flute.errors import CheckpointError
 from flute.integrations import folders
 from flute.packing import pack_codes
 
-torch.set_num_threads(2)
-
 SPEC = QuantSpec(4, 32, "nf4")
 
 
@@ -279,7 +277,7 @@ def test_force_replaces_only_checkpoints(sharded: Path, tmp_path: Path) -> None:
 
 _MEASURE = """
 import resource, sys, threading, torch
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 from collections.abc import Callable
 from pathlib import Path
 from flute.checkpoint import streaming
@@ -305,12 +303,11 @@ print(peak - before)
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_is_one_shard_and_scratch(tmp_path: Path) -> None:
-    """320 MB of weights in shards of 80 MB: the rise must stay below the model, at a shard and scratch."""
+    """160 MB of weights in shards of 40 MB: the rise must stay below the model, at a shard and scratch."""
     source = tmp_path / "dense"
-    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 10, "vocab_size": 512}
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 20, "vocab_size": 512}
     transformers.LlamaConfig(**sizes, num_attention_heads=8).save_pretrained(source)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
@@ -328,4 +325,4 @@ def test_memory_is_one_shard_and_scratch(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert done.returncode == 0, done.stderr
     print(f"rise {int(done.stdout) >> 20} MiB")
-    assert int(done.stdout) <= largest + (200 << 20), f"{int(done.stdout) >> 20} MiB, shard {largest >> 20} MiB"
+    assert int(done.stdout) <= largest + (64 << 20), f"{int(done.stdout) >> 20} MiB, shard {largest >> 20} MiB"

@@ -21,7 +21,6 @@ from flute.commands.quantize import layer_spec, parse_override, read_table
 from flute.errors import FluteError, SpecError
 from flute.integrations import folders
 
-torch.set_num_threads(2)
 WORDS = tuple(
     "the city of a river is large and its people are many so that it has some old bridges".split()  # noqa: SIM905
 )

@@ -1,6 +1,17 @@
-"""Every kernel variant compiles for every GPU generation, without a GPU, and spills no register."""
+"""Kernels compile for every GPU generation, without a GPU, and spill no register.
+
+Of the decode kernel are compiled always, in all widths:
+
+* sm_90: all kinds, dtypes and groups; both tables with the usual dtype and group, the wide one with the others.
+* sm_80: the usual dtype and group; kinds that come near the limit of registers (`TIGHT`) in all of them.
+* sm_86 and sm_89, which are given sm_80's registers: a sample.
+* sm_120: all kinds and groups; dtypes, which change no register from Hopper on, take turns.
+
+With ``--sweep`` (by hand, before a release): every variant everywhere, and that the above still is so.
+"""
 
 import re
+from typing import Any
 
 import pytest
 from compiler import needs_nvrtc
@@ -38,19 +49,65 @@ def complaints(text: str) -> list[str]:
     return spilled + re.findall(r".*(?:warning|Potential Performance Loss).*", text)
 
 
+def decode_variants(arch: str, bits: int) -> list[dict[str, int]]:
+    """Those that can be planned there: two blocks to an SM on Hopper only."""
+    found = [dict(variant) for variant in plan.variants()]
+    return [one for one in found if one["BITS"] == bits and (one["BLOCKS"] == 1 or arch == "sm_90")]
+
+
+def kind_of(macros: dict[str, int]) -> tuple[int, int, int]:
+    return macros["TOKEN_TILES"], macros["ROW_TILES"], macros["BLOCKS"]
+
+
+TIGHT = {(1, 2, 1), (2, 1, 1), (2, 2, 1)}  # kinds within eight registers of their limit before Hopper
+
+
+def is_chosen(macros: dict[str, int], arch: str) -> bool:
+    """Whether a variant is always compiled; where the group is not the usual one, with the table that must do there."""
+    usual, wide = macros["BF16"] == 0 and macros["GROUP_BLOCK"] == 64, macros["WIDE_TABLE"] == 1
+    if arch == "sm_90":
+        return usual or wide
+    if arch == "sm_120":
+        return usual or (not wide and macros["BF16"] == (macros["GROUP_BLOCK"] != 64))
+    if arch == "sm_80":
+        return usual or (not wide and kind_of(macros) in TIGHT)
+    return usual and not wide and kind_of(macros) in TIGHT
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_variant(arch: str, bits: int) -> None:
-    found = [dict(variant) for variant in plan.variants() if dict(variant)["BITS"] == bits]
-    assert len(found) > 28
-    for macros in found:
-        usual = macros["BF16"] == 0 and macros["GROUP_BLOCK"] == 64  # with which one of the two table's pitches must do
-        if usual or macros["WIDE_TABLE"] == (arch == "sm_90"):
-            if macros["BLOCKS"] == 2 and arch != "sm_90":  # two blocks to an SM are planned on Hopper only
-                continue
-            assert not complaints(report("decode.cu", macros, arch)), macros
+    chosen = [macros for macros in decode_variants(arch, bits) if is_chosen(macros, arch)]
+    kinds = {kind_of(macros) for macros in decode_variants(arch, bits)}
+    assert {kind_of(macros) for macros in chosen} == (TIGHT if arch in ("sm_86", "sm_89") else kinds)
+    for macros in chosen:
+        assert not complaints(report("decode.cu", macros, arch)), macros
     for bf16 in (0, 1):
         assert not complaints(report("dequantize.cu", {"BITS": bits, "BF16": bf16, "WIDE_TABLE": 0}, arch))
+
+
+def registers(text: str) -> int:
+    return max(map(int, re.findall(r"Used (\d+) registers", text)))
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_what_is_left_out_adds_nothing(bits: int, group: int) -> None:
+    """Every variant on every architecture; the registers on which `is_chosen` relies."""
+    used: dict[str, dict[tuple[Any, ...], int]] = {}
+    for arch in ARCHITECTURES:
+        for macros in decode_variants(arch, bits):
+            if macros["GROUP_BLOCK"] == group:
+                text = report("decode.cu", macros, arch)
+                assert not complaints(text), (arch, macros)
+                used.setdefault(arch, {})[kind_of(macros), macros["WIDE_TABLE"], macros["BF16"]] = registers(text)
+    assert used["sm_86"] == used["sm_89"]
+    for key, count in used["sm_80"].items():
+        limit = min(65536 // (32 * plan._MAX_WARPS[key[0]]), 255)
+        assert abs(count - used["sm_86"][key]) <= 1 and (key[0] in TIGHT or count <= limit - 32), key
+    for arch in ("sm_90", "sm_120"):
+        assert all(count == used[arch][kind, wide, 1 - bf16] for (kind, wide, bf16), count in used[arch].items())
 
 
 H100 = GPUS["H100"]
@@ -80,11 +137,13 @@ def test_every_tiling_that_is_cut(bits: int) -> None:
         assert not complaints(report("matmul.cu", dict(made.macros(bits, bf16)), "sm_90a")), made
 
 
-MMA_GPUS = ("A100", "RTX 3090", "L40S", "B200", "RTX 5090")
+MMA_GPUS = ("A100", "RTX 3090", "L40S", "B200", "RTX 5090")  # the L40S has the RTX 3090's tilings and registers
 CASES = [(2, True, 64), (3, True, 32), (2, False, 128), (3, False, 64), (4, True, 32), (4, False, 64), (4, False, 128)]
 
 
-@pytest.mark.parametrize("number", range(len(MMA_GPUS)))
+@pytest.mark.parametrize(
+    "number", [pytest.param(at, marks=[pytest.mark.sweep] * (name == "L40S")) for at, name in enumerate(MMA_GPUS)]
+)
 def test_every_mma_tiling(number: int) -> None:
     """Every shape, those with registers to spare on every second architecture; widths, groups and dtypes take turns."""
     gpu = GPUS[MMA_GPUS[number]]
@@ -105,13 +164,18 @@ def test_serialized_tensor_cores_would_be_seen() -> None:
 
 
 @pytest.mark.parametrize("stages", [3, 6, 8])
-def test_ring_sizes(stages: int) -> None:
-    """The ring's length is only a constant of the kernel: one architecture stands for all."""
+def test_ring_sizes(stages: int, request: pytest.FixtureRequest) -> None:
+    """The ring's length is only a constant of the kernel: one architecture stands for all.
+
+    Four token tiles, with forty registers to spare, only with ``--sweep``.
+    """
+    most = 4 if request.config.getoption("--sweep") else 2
     for macros in (dict(variant) for variant in plan.variants()):
         if (
             macros["BF16"] == 0
             and macros["GROUP_BLOCK"] == 64
             and macros["WIDE_TABLE"]
+            and macros["TOKEN_TILES"] <= most
             and (macros["BITS"], macros["TOKEN_TILES"], macros["ROW_TILES"], macros["BLOCKS"], stages)
             not in plan._SPILLING_RINGS
             and stages <= plan._MOST_STAGES[macros["BLOCKS"]]

@@ -26,8 +26,6 @@ from flute.integrations.convert.exact import Exact, Levels, Stored, represent
 from flute.integrations.convert.source import format_of, open_source
 from flute.tables import named_table
 
-torch.set_num_threads(2)
-
 Weights = dict[str, torch.Tensor]
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 64}
 SYMMETRIC = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}

@@ -26,8 +26,6 @@ from flute.integrations.convert import gguf, hqq
 from flute.integrations.convert.exact import Exact, Stored, represent
 from flute.kernels.reference import decode
 
-torch.set_num_threads(2)
-
 
 def decoded(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Weights of a converted checkpoint as its files hold them: factors in float32, the product rounded once."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -45,15 +44,11 @@ def _kernel(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture(params=[2, 1, 0], ids=["avx512", "avx2-neon", "plain"], autouse=True)
-def _instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every set this machine has; one thread unless a test says otherwise, because these problems are tiny."""
+def _instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every set this machine has."""
     if request.param > cpu.best():
         pytest.skip("this machine has no such instructions")
     monkeypatch.setattr(cpu, "instructions", request.param)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Problem:

@@ -1,8 +1,6 @@
 """Mixtures of experts: chosen, quantized in ways that agree, saved, loaded, computed; nothing stays dense unsaid."""
 
 import json
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_cli import flute
 from tiny_models import build, dense_linears, equal_states, load, prompt, saved
 from torch import nn
 
@@ -118,7 +117,9 @@ def test_experts_are_taken_and_routers_are_not(family: str) -> None:
     assert choose(model, ModelSpec()).experts == ()  # a checkpoint of a version that knew no experts
 
 
-def test_what_cannot_be_represented_stays_dense_and_is_named(tmp_path: Path) -> None:
+def test_what_cannot_be_represented_stays_dense_and_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = saved(tmp_path / "dense", "GptOss", num_local_experts=4, num_experts_per_tok=2, layer_types=None)
     with pytest.warns(
         UserWarning, match=rf"{HOME} and 1 more stay dense: GptOssExperts has transposed weights, biases"
@@ -132,10 +133,9 @@ def test_what_cannot_be_represented_stays_dense_and_is_named(tmp_path: Path) -> 
         again = load(tmp_path / "out")
         load(source, quantization_config=FluteConfig(modules_to_not_convert=["*.experts"]))
     assert equal_states(model, again)
-    command = [sys.executable, "-m", "flute", "quantize", source, "-o", str(tmp_path / "cli"), "--quiet", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "stay dense: GptOssExperts" in done.stderr
-    assert set(json.loads(done.stdout)["left_dense"]) == {HOME, HOME.replace("0", "1")}
+    code, out, err = flute("quantize", source, "-o", tmp_path / "cli", "--quiet", "--json", capsys=capsys)
+    assert code == 0 and "stay dense: GptOssExperts" in err
+    assert set(json.loads(out)["left_dense"]) == {HOME, HOME.replace("0", "1")}
 
 
 def test_stacks_that_nothing_describes_are_named_too() -> None:

@@ -17,7 +17,6 @@ from flute import LutLinear, QuantSpec
 from flute.integrations.fusion import fuse, separate
 from flute.kernels import cpu, joined, ops
 
-torch.set_num_threads(2)
 SPECS = [QuantSpec(), QuantSpec(3, 48, "nf3"), QuantSpec(2, -1, "int2"), QuantSpec(4, 32, "custom", 2)]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 

@@ -9,7 +9,6 @@ from tiny_models import build, equal_states, load, prompt, saved
 
 from flute import FluteConfig
 
-torch.set_num_threads(2)
 FAMILIES = ["Llama", "Qwen2", "Qwen3", "Mistral", "Gemma2", "Phi"]
 
 

@@ -30,7 +30,6 @@ from flute.quantize import dequantize, quantize
 from flute.spec import PAIR_TABLES
 from flute.tables import named_table
 
-torch.set_num_threads(2)
 TINY = Path(__file__).resolve().parent.parent / "flute" / "data" / "tiny"
 SPECS = [higgs_spec(bits, 24, vector_size=vector, hadamard_size=96) for bits, vector in ((2, 1), (3, 2), (4, 2))]
 SPECS += [QuantSpec(4, 32, "nf4", 1, 12), QuantSpec(3, -1, "custom", 2, 40)]

@@ -17,8 +17,6 @@ from flute import FluteConfig, LutLinear, QuantSpec
 from flute.errors import CheckpointError, FluteError, IntegrationError, QuantizeError, SpecError
 from flute.integrations import versions
 
-torch.set_num_threads(2)
-
 WARNED = pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
 
 

@@ -13,8 +13,6 @@ from flute.config import ModelSpec, matches
 from flute.errors import SpecError
 from flute.integrations.modules import choose, quantizable
 
-torch.set_num_threads(2)
-
 ATTENTION = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"}
 GATED = {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
 ROLES = {

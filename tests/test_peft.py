@@ -12,7 +12,6 @@ from flute.errors import IntegrationError
 from flute.zero_points import lut_linear
 
 peft = pytest.importorskip("peft")
-torch.set_num_threads(2)
 
 TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
 

@@ -12,7 +12,6 @@ from flute.errors import FluteError
 from flute.evaluate.perplexity import context_length, encode, perplexity
 from flute.evaluate.speed import generate
 
-torch.set_num_threads(2)
 TOKENS = torch.randint(3, 97, (150,), generator=torch.Generator().manual_seed(0)).tolist()
 
 

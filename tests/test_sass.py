@@ -53,12 +53,20 @@ def count(found: Counter[str], pattern: str) -> int:
     return sum(times for name, times in found.items() if re.match(pattern, name))
 
 
-@pytest.mark.parametrize("bits", [4, 3, 2])
+SHAPES = [(16, 4, False), (64, 4, False), (128, 2, False), (256, 2, False), (128, 3, True), (192, 2, True),
+          (256, 2, True)]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("tokens", "rows", "cut"),
-    [(16, 4, False), (64, 4, False), (128, 2, False), (256, 2, False), (128, 3, True), (192, 2, True), (256, 2, True)],
+    ("bits", "tokens", "rows", "cut"),
+    [
+        pytest.param(bits, *shape, marks=[pytest.mark.sweep] * (bits < 4 and number % 2 == 1))
+        for bits in (4, 3, 2)
+        for number, shape in enumerate(SHAPES)
+    ],
 )
 def test_matmul(tmp_path: Path, bits: int, tokens: int, rows: int, cut: bool) -> None:
+    """All shapes at 4 bits, every other one at 3 and 2: what a width changes is the decoding, which shapes share."""
     made = tiles.tiling(GPUS["H100"], tokens, 28672, 4096, bits, 64, tokens, rows, 1, 1, 1, True, cut=cut)
     assert made is not None
     names = listing(tmp_path, "matmul.cu", dict(made.macros(bits, False)), "sm_90a", "lut_matmul")

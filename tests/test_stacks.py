@@ -15,7 +15,6 @@ from flute.errors import IntegrationError
 from flute.integrations import folders
 from flute.methods import higgs_spec, quantize_model
 
-torch.set_num_threads(2)
 SPEC = QuantSpec(3, 24, "nf3")
 
 

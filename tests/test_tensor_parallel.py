@@ -74,8 +74,8 @@ def mixtures_main(folder: Path) -> None:
     dist.barrier()
 
 
-def rank_main(folder: Path) -> None:
-    """What each process does."""
+def layers_main(folder: Path) -> None:
+    """Layers: each rank holds its rows or columns; a cut through blocks of a rotation or through groups is refused."""
     from transformers.distributed import DistributedConfig
 
     plan = {"distributed_config": DistributedConfig(tp_plan="auto")}
@@ -134,7 +134,9 @@ def run_ranks(file: str, folder: Path, devices: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
-def test_two_ranks_share_experts(tmp_path: Path) -> None:
+def test_two_ranks(tmp_path: Path) -> None:
+    """Experts, and layers, in one start of two processes: most of the time is their imports."""
+    save_layers(tmp_path / "layers")
     config = FluteConfig(bits=3, group_size=16)
     for family, sizes in MIXTURES.items():
         dense = saved(tmp_path / family / "dense", family, **{**SHARE, **sizes})
@@ -146,19 +148,18 @@ def test_two_ranks_share_experts(tmp_path: Path) -> None:
     run_ranks(__file__, tmp_path, devices="")
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
-def test_two_ranks(tmp_path: Path) -> None:
-    dense = saved(tmp_path / "dense", "Qwen2", **SHARE)
-    load(dense, quantization_config=FluteConfig(bits=3, group_size=16)).save_pretrained(tmp_path / "quantized")
-    load(dense, quantization_config=FluteConfig(bits=3, group_size=64)).save_pretrained(tmp_path / "wide groups")
+def save_layers(folder: Path) -> None:
+    """What `layers_main` loads."""
+    dense = saved(folder / "dense", "Qwen2", **SHARE)
+    load(dense, quantization_config=FluteConfig(bits=3, group_size=16)).save_pretrained(folder / "quantized")
+    load(dense, quantization_config=FluteConfig(bits=3, group_size=64)).save_pretrained(folder / "wide groups")
     layer = uniform_layer({}, foreign.awq, 16, 4, list(range(16)))
     settings = {"quant_method": "awq", "bits": 4, "group_size": 16}
-    run(foreign.checkpoint(tmp_path / "awq", layer, settings, family="Qwen2", **SHARE), tmp_path / "zero points")
-    run_ranks(__file__, tmp_path, devices="")
+    run(foreign.checkpoint(folder / "awq", layer, settings, family="Qwen2", **SHARE), folder / "zero points")
 
 
 if __name__ == "__main__":
     place = Path(sys.argv[1])
     torch.set_num_threads(1)
-    (rank_main if (place / "quantized").exists() else mixtures_main)(place)
+    mixtures_main(place)
+    layers_main(place / "layers")

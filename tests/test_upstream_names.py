@@ -1,7 +1,7 @@
 """What upstream FLUTE documents works by name: its command, prepare_model_flute, its loader."""
 
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,6 @@ from flute import FluteConfig, LutLinear, QuantSpec
 from flute.errors import CheckpointError, IntegrationError, SpecError
 from flute.integrations import huggingface
 from flute.integrations.base import main, prepare_model_flute
-
-torch.set_num_threads(2)
 
 
 def prepared(model: Any, **keywords: Any) -> Any:
@@ -90,12 +88,12 @@ def words(source: str, target: Path, **values: object) -> list[str]:
     return [word for key, value in given.items() for word in (f"--{key}", str(value))]
 
 
-def test_command(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:'flute.integrations.base' found in sys.modules")
+def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, target = saved(tmp_path / "dense", dtype=torch.bfloat16), tmp_path / "out"
     given = words(source, target, num_bits=4, group_size=64, torch_dtype="float16", example_batch_size=1)
-    command = [sys.executable, "-m", "flute.integrations.base", *given]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, "argv", ["flute.integrations.base", *given])
+    runpy.run_module("flute.integrations.base", run_name="__main__")
     made = huggingface.from_pretrained(str(target), example_batch_size=1)
     expected = load(source, dtype=torch.float16, quantization_config=FluteConfig(QuantSpec(4, 64, "nf4")))
     assert equal_states(made, expected)

@@ -25,8 +25,6 @@ from flute.integrations import card, described, folders
 from flute.packing import pack_codes
 from flute.zero_experts import ZeroPointExperts, by_expert, lut_experts
 
-torch.set_num_threads(2)
-
 SPEC, PLAIN = QuantSpec(4, 32, "int4", zero_points=True), QuantSpec(3, 24, "int3")
 EVERY = {"gate_up": SPEC, "down": SPEC}
 

@@ -23,7 +23,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ from .decoder import Decoder, share_layer_step
 from .flat import FLATQUANT, flat_model, flat_spec
 from .peers import first_line
 from .shapes import MODELS
+from .timing import captured
 
 DENSE, BITSANDBYTES = "dense", "bitsandbytes"
 HEAD = "+head"  # behind a table: the output head is quantized too
@@ -187,27 +187,12 @@ def weight_bytes(model: nn.Module) -> int:
 # ---- time ------------------------------------------------------------------------------------------------------------
 
 
-@cache
-def _side_stream() -> torch.cuda.Stream:
-    """One for all captures: cuBLAS keeps a workspace for every stream that it ever met."""
-    return torch.cuda.Stream()
-
-
-def _captured(run: Callable[[], object], warm_ups: int) -> Callable[[], object]:
-    """``run`` as a CUDA graph; as it is where there is no GPU."""
+def _replay(run: Callable[[], object]) -> Callable[[], object]:
+    """``run`` as a replayed CUDA graph; as it is where there is no GPU."""
     if not torch.cuda.is_available():
         run()
         return run
-    side = _side_stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(warm_ups):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+    return captured([run], warm_ups=2).replay
 
 
 def _milliseconds(run: Callable[[], object], times: int) -> float:
@@ -232,7 +217,7 @@ def decode_milliseconds(
 ) -> tuple[float, int]:
     """Median over ``rounds`` of the milliseconds of one of ``steps`` decode steps in a row; bytes of the cache."""
     decoder = Decoder(model, batch, prompt, room=max(steps, 4), compiled=compiled)
-    replay = _captured(decoder.step, warm_ups=2)
+    replay = _replay(decoder.step)
     taken = []
     for _ in range(rounds):
         decoder.rewind()
@@ -250,7 +235,7 @@ def prefill_milliseconds(model: Any, batch: int, prompt: int) -> float:
         set_length(cache, 0)
         model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
-    replay = _captured(run, warm_ups=2)
+    replay = _replay(run)
     return statistics.median(_milliseconds(replay, 1) for _ in range(_PREFILL_REPLAYS))
 
 

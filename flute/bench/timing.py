@@ -12,6 +12,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 
@@ -44,12 +45,20 @@ def rotating_weights(
     return copies, torch.randn(spec.table_shape, device="cuda").to(dtype)
 
 
-def _captured(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
-    side = torch.cuda.Stream()
+@cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    """One for all captures: cuBLAS keeps a workspace for every stream that it ever met."""
+    return torch.cuda.Stream(device)
+
+
+def captured(calls: Sequence[Callable[[], object]], warm_ups: int = 1) -> torch.cuda.CUDAGraph:
+    """``calls``, one after the other, as a CUDA graph; first they run ``warm_ups`` times as they are."""
+    side = _side_stream(torch.cuda.current_device())
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for call in calls:
-            call()
+        for _ in range(warm_ups):
+            for call in calls:
+                call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -60,7 +69,7 @@ def _captured(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
 
 def compare(*contestants: Sequence[Callable[[], object]], replays: int = 20) -> list[float]:
     """Median microseconds of one call of each contestant, whose calls run one after the other in a replayed graph."""
-    graphs = [_captured(calls) for calls in contestants]
+    graphs = [captured(calls) for calls in contestants]
     begun = time.monotonic()
     while time.monotonic() - begun < _WARM_UP_SECONDS:  # clocks fall while kernels are compiled
         for graph in graphs:

@@ -117,14 +117,13 @@ def quantize(
     drawn: dict[str, Any] = {"samples": samples, "window": window, "seed": seed}
     read = {"texts": texts, "scale": scale, "device": device, **drawn}
     share = None if average is None else partial(allocate_folder, bits=average, **read)
-    if not RECIPES[method].calibrated:
-        figures = _run(model, output, record, {**options, "scale": scale}, None, share, quiet=quiet)
-        figures["method"] = method
-    else:
-        learning = Learning(epochs, lr, objective=objective, learn_table=learn_table, seed=seed)
+    if RECIPES[method].calibrated:
         options |= {"method": method, "act_order": act_order, **drawn}
-        options |= {"learning": learning} if RECIPES[method].learns_scales else {}
-        figures = _run(model, output, record, options, texts, share, quiet=quiet)
+        if RECIPES[method].learns_scales:
+            options["learning"] = Learning(epochs, lr, objective=objective, learn_table=learn_table, seed=seed)
+    else:
+        options["scale"] = scale
+    figures = {"method": method, **_run(model, output, record, options, texts, share, quiet=quiet)}
     if as_json:
         print_json(figures)
     else:
@@ -187,12 +186,12 @@ def _run(
     output: Path,
     record: ModelSpec,
     options: dict[str, Any],
-    texts: dict[str, str] | None,
+    texts: dict[str, str],
     share: Callable[..., Allocation] | None,
     *,
     quiet: bool,
 ) -> dict[str, Any]:
-    """Figures of a run; ``texts`` is what a calibrated method reads, None rounds to nearest; ``share`` chooses bits."""
+    """Figures of a run; ``texts`` is what a calibrated method reads, others have none; ``share`` chooses bits."""
     from ..checkpoint import streaming
     from ..checkpoint.plan import make_plan
     from ..integrations import card, described, folders, mixtures
@@ -225,7 +224,7 @@ def _run(
                 steps.set_postfix_str(f"loss {loss:.4f}", refresh=False)
                 steps.update(done - steps.n)
 
-            if texts is None:
+            if not texts:
                 more["resumed"] = streaming.run(plan, output, progress=progress, **options)
             else:
                 with progress_bar(0, "step", quiet=quiet or "learning" not in options) as steps:
@@ -238,7 +237,6 @@ def _run(
         card.write(described.of_report(report), base=model)
     return {
         "output": str(output),
-        "method": options.get("method", "rtn"),
         "layers": len(report.layers),
         "quantized_weights": report.quantized_weights,
         "bits_per_weight": report.bits_per_weight,
