@@ -2,10 +2,12 @@
 
 Of the decode kernel are compiled always, in all widths:
 
-* sm_90: all kinds, dtypes and groups; both tables with the usual dtype and group, the wide one with the others.
+* sm_90: all kinds and groups; both tables with the usual dtype and group, the wide one with the others.
 * sm_80: the usual dtype and group; kinds that come near the limit of registers (`TIGHT`) in all of them.
 * sm_86 and sm_89, which are given sm_80's registers: a sample.
-* sm_120: all kinds and groups; dtypes, which change no register from Hopper on, take turns.
+* sm_120: likewise, the compact table with the others.
+
+From Hopper on the dtype changes no register: there dtypes take turns.
 
 With ``--sweep`` (by hand, before a release): every variant everywhere, and that the above still is so.
 """
@@ -65,10 +67,8 @@ TIGHT = {(1, 2, 1), (2, 1, 1), (2, 2, 1)}  # kinds within eight registers of the
 def is_chosen(macros: dict[str, int], arch: str) -> bool:
     """Whether a variant is always compiled; where the group is not the usual one, with the table that must do there."""
     usual, wide = macros["BF16"] == 0 and macros["GROUP_BLOCK"] == 64, macros["WIDE_TABLE"] == 1
-    if arch == "sm_90":
-        return usual or wide
-    if arch == "sm_120":
-        return usual or (not wide and macros["BF16"] == (macros["GROUP_BLOCK"] != 64))
+    if arch in ("sm_90", "sm_120"):
+        return usual or (wide == (arch == "sm_90") and macros["BF16"] == (macros["GROUP_BLOCK"] != 64))
     if arch == "sm_80":
         return usual or (not wide and kind_of(macros) in TIGHT)
     return usual and not wide and kind_of(macros) in TIGHT
