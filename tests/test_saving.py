@@ -222,7 +222,7 @@ def test_flatquant_has_a_card(tmp_path: Path) -> None:
     save(tmp_path / "flat", model, spec, [Matrices(), Matrices()])
     written = (tmp_path / "flat" / "README.md").read_text()
     assert ModelCard(written).data.tags == ["flute", "flatquant", "4-bit", "quantized"]
-    assert "| 4 | 4 | 4 | 4 | 8 (weights and activations) |" in written and "vllm" not in written
+    assert "| 4 | 4 | 4 | 4 | 8 (weights and activations) |" in written and "vllm serve flat " in written
     size = (tmp_path / "flat" / "model.safetensors").stat().st_size
     assert f"{size / 1e6:,.1f} MB in all" in written
     again = load(tmp_path / "flat")
