@@ -46,9 +46,7 @@ __device__ __forceinline__ void write_row(const u16* from, const Store& store, c
     store.codes[slot * (Dim / 2) + i * 32 + lane] = (u8)((codes[0] & 15) | codes[1] << 4);
   }
   if (lane == 0) {
-    u16 rounded;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(rounded) : "f"(range.scale));
-    store.scale[slot] = rounded;
+    store.scale[slot] = float_to_half(range.scale);
     if (!Symmetric) store.zero[slot] = (short)fminf(fmaxf(range.zero, -32768.0f), 32767.0f);
   }
 }

@@ -10,8 +10,7 @@ extern "C" __global__ void __launch_bounds__(256)
   const u64 row = i / pieces_a_row;
   const u32 word = codes[i];
   const float zero = SYMMETRIC ? 0.0f : (float)zeros[row];
-  float scale;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(scale) : "h"(scales[row]));
+  const float scale = half_to_float(scales[row]);
   u32 made[4];
 #pragma unroll
   for (int pair = 0; pair < 4; ++pair) {

@@ -13,12 +13,6 @@ constexpr int RUN = 2 * TILES, STEP = 16 * TILES;
 constexpr int WORDS = KEY_DIM / 8, OWN = (WORDS + 3) / 4;                  // of a key; a lane's
 constexpr int VALUE_WORDS = VALUE_DIM / 8, TURNS = (VALUE_WORDS + 7) / 8;  // of a value; a lane's
 
-__device__ __forceinline__ float half_to_float(u16 value) {
-  float result;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value));
-  return result;
-}
-
 // Nibbles 0 and 4 of a word, times 2^-24; nibbles 1 and 5, times 2^-20.
 __device__ __forceinline__ u32 low_pair(u32 word) {
   u32 result;

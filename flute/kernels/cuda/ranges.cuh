@@ -18,11 +18,7 @@ __device__ __forceinline__ Range make_range(float low, float high, const Ratios&
   low = __fmul_rn(low, ratios.of_low), high = __fmul_rn(high, ratios.of_high);
   const float width = Symmetric ? fmaxf(fabsf(low), high) : __fsub_rn(high, low);
   float scale = __fdiv_rn(width, (float)(Symmetric ? HALF - 1 : 2 * HALF - 1));
-  if (HalfScale) {
-    u16 rounded;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(rounded) : "f"(scale));
-    asm("cvt.f32.f16 %0, %1;" : "=f"(scale) : "h"(rounded));
-  }
+  if (HalfScale) scale = half_to_float(float_to_half(scale));
   if (!(scale > 0.0f)) scale = 1.0f;
   const float zero = Symmetric ? 0.0f : rintf(__fdiv_rn(-low, scale)) - HALF;
   const bool usable = scale > 1e-30f;  // else its inverse may be none: divide always

@@ -12,13 +12,24 @@ typedef unsigned long long u64;
 #define TYPE "f16"
 #endif
 
+// Of float16 whatever the model's dtype: scales of an int4 cache are.
+__device__ __forceinline__ float half_to_float(u16 value) {
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value));
+  return result;
+}
+
+__device__ __forceinline__ u16 float_to_half(float value) {
+  u16 result;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result) : "f"(value));
+  return result;
+}
+
 __device__ __forceinline__ float wide(u16 value) {
 #if BF16
   return __uint_as_float((u32)value << 16);
 #else
-  float result;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value));
-  return result;
+  return half_to_float(value);
 #endif
 }
 
