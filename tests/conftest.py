@@ -59,3 +59,21 @@ def shallow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     AutoModelForCausalLM.from_pretrained(embedded(), num_hidden_layers=2).save_pretrained(folder)
     AutoTokenizer.from_pretrained(embedded()).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama in float16, to be copied before anything is done to it."""
+    from tiny_models import saved
+
+    return Path(saved(tmp_path_factory.mktemp("dense") / "dense", dtype=torch.float16))
+
+
+@pytest.fixture(scope="session")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in several files."""
+    from tiny_models import build
+
+    folder: Path = tmp_path_factory.mktemp("sharded") / "sharded"
+    build("Llama", torch.float16).save_pretrained(folder, max_shard_size="60KB")
+    return folder

@@ -12,28 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from test_checkpoint import digests, interrupted, make
 from test_faults import LAYER, SINGLE, copied, edit, refused
-from tiny_models import build, saved
 
 from flute.checkpoint import atomic
 from flute.cli import main
 from flute.errors import CheckpointError, QuantizeError
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(saved(tmp_path_factory.mktemp("machine") / "dense", dtype=torch.float16))
-
-
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("machine") / "sharded"
-    build("Llama", torch.float16).save_pretrained(folder, max_shard_size="60KB")
-    return folder
 
 
 class FullDisk:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_checkpoint import make
-from tiny_models import build, load
+from tiny_models import load
 
 from flute import FluteConfig, QuantSpec
 from flute.checkpoint.shards import INDEX, read_headers
@@ -29,22 +29,8 @@ SINGLE = "model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("faults") / "dense"
-    build("Llama", torch.float16).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("faults") / "sharded"
-    build("Llama", torch.float16).save_pretrained(folder, max_shard_size="60KB")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def quantized(dense: Path) -> Path:
-    return make(dense, dense.parent / "quantized")
+def quantized(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(dense, tmp_path_factory.mktemp("faults") / "quantized")
 
 
 def copied(folder: Path, tmp_path: Path) -> Path:

@@ -6,26 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from test_checkpoint import digests, make
 from test_faults import SINGLE, copied, nothing_left, refused
-from tiny_models import build, saved
 
 from flute.checkpoint.files import MAX_JSON_BYTES, inside, read_json
 from flute.checkpoint.shards import INDEX
 from flute.errors import CheckpointError
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(saved(tmp_path_factory.mktemp("untrusted") / "dense", dtype=torch.float16))
-
-
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("untrusted") / "sharded"
-    build("Llama", torch.float16).save_pretrained(folder, max_shard_size="60KB")
-    return folder
 
 
 def test_pickles_are_not_read(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
