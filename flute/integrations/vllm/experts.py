@@ -18,7 +18,7 @@ from ...errors import IntegrationError
 from ...spec import CUSTOM_TABLE, QuantSpec
 from ...tables import named_table
 from ...zero_experts import lut_experts
-from .parameters import Part, blank, check_came, pair
+from .parameters import Part, blank, check_came, fixed, pair
 from .slicing import share
 
 _STEMS = {"gate_up": "w13", "down": "w2"}  # our roles and vLLM's names
@@ -141,7 +141,7 @@ class LutExpertsMethod(FusedMoEMethodBase):
         for role, stem in _STEMS.items():
             made.put(role, *(getattr(layer, f"{stem}_{end}").data for end in ("weight", "scales")))
             if self.local[role].zero_points:
-                setattr(made, f"{role}_zeros", nn.Parameter(getattr(layer, f"{stem}_zeros").data, requires_grad=False))
+                setattr(made, f"{role}_zeros", fixed(getattr(layer, f"{stem}_zeros").data))
             table = named_table(self.local[role].table).to(device=scales.device, dtype=scales.dtype)
             setattr(made, f"{role}_table", table)
         for name in names:
