@@ -8,14 +8,16 @@ time whatever the numbers are. The run is that of ``flute flatquant``: a folder 
 the published settings (128 windows of 2048 tokens, 4 to a step, 15 epochs, transforms, diagonals and all clips).
 
 ``block_seconds`` is the median over blocks but the first, from the last step of one to the last step of the next, which
-is everything that is done for a block while learning. ``rest_seconds`` is what remains: loading, tokens, folding,
-rounding, writing, and the first block's start. ``projected_minutes`` is a projection, not a measurement: blocks of the
-full model times ``block_seconds``, and ``rest_seconds`` as often as the measured blocks go into the full model.
+is everything that is done for a block while learning; ``step_ms`` is the median step's part of it. ``rest_seconds`` is
+what remains: loading, tokens, folding, rounding, writing, and the first block's start. ``projected_minutes`` is a
+projection, not a measurement: blocks of the full model times ``block_seconds``, and ``rest_seconds`` as often as the
+measured blocks go into the full model.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import resource
 import shutil
 import statistics
@@ -89,19 +91,24 @@ def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> to
 
 
 class Clock:
-    """``on_step``: when each block was done; prints as it goes."""
+    """``on_step``: when each step and each block was done; prints as it goes."""
 
     def __init__(self, blocks: int) -> None:
-        self.blocks, self.ends = blocks, [time.perf_counter()]
+        self.blocks, self.ends, self.steps = blocks, [time.perf_counter()], [time.perf_counter()]
 
     def __call__(self, done: int, total: int, loss: float) -> None:
+        self.steps.append(time.perf_counter())
         if done % (total // self.blocks) == 0:
-            self.ends.append(time.perf_counter())
+            self.ends.append(self.steps[-1])
             print(f"block {len(self.ends) - 1}: {self.ends[-1] - self.ends[-2]:.1f} s, error {loss:.4f}", flush=True)
 
     def each(self) -> list[float]:
         """Seconds of every block but the first."""
-        return [end - start for start, end in zip(self.ends[1:], self.ends[2:], strict=False)]
+        return [end - start for start, end in itertools.pairwise(self.ends[1:])]
+
+    def step(self) -> float:
+        """Seconds from one step to the next, the median: what a block takes besides is not in it."""
+        return statistics.median(end - start for start, end in itertools.pairwise(self.steps))
 
 
 def measured(source: Path, name: str, preset: str, full: int, job: FlatJob, text: str, device: str) -> Row:
@@ -116,12 +123,11 @@ def measured(source: Path, name: str, preset: str, full: int, job: FlatJob, text
         whole = time.perf_counter() - clock.ends[0]
     block = statistics.median(clock.each())
     rest = whole - blocks * block
-    steps = job.schedule.epochs * -(-job.samples // job.batch)
     peaks = [torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)] if on_gpu else []
     allocated, reserved = (each / _GB for each in peaks) if peaks else (None, None)
     return Row(
         name, blocks, preset, "bfloat16" if job.schedule.amp else "float32", job.samples, job.window, job.batch,
-        job.schedule.epochs, block, 1e3 * block / steps, rest, allocated, reserved,
+        job.schedule.epochs, block, 1e3 * clock.step(), rest, allocated, reserved,
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _GB, full,
         (full * block + rest * full / blocks) / 60,
     )  # fmt: skip

@@ -5,7 +5,8 @@
 * ``transform``: [RMSNorm,] Kronecker transform, range, codes of M tokens, one launch; torch has no such operator.
 * ``linear``: int4 weights times int8 codes to float16, beside ``torch.nn.functional.linear`` in float16.
 * ``layer``: all of a layer's kernels in order, for M sequences; residuals are added by the products. What one launch
-  does to the next shows here only.
+  does to the next shows here only. ``layer without transforms``: the same with codes that are there already, which
+  tells what transforms cost a layer.
 * ``attention``: one token's keys and values appended and its queries answered, 2048 tokens of context, 32 query and 8
   key heads of 128, M sequences; beside SDPA over float16 keys and values (``enable_gqa``, no mask), without an append.
 
@@ -133,14 +134,24 @@ class Layer:
     def step(self, x: torch.Tensor) -> torch.Tensor:
         """(M, 4096) -> (M, 4096)."""
         norm = {"clip": self.clip, "norm_weight": self.norm}
-        rows = self.product(0, kronecker_quantize(x, self.square, self.square, **norm)).view(len(x), 1, -1, DIM)
-        q, k, v = rows.split((HEADS * GROUP, HEADS, HEADS), 2)
-        q, k = turn_heads(q, k, *self.rotation, self.right, self.right)
-        kv_append(k.transpose(1, 2), v.transpose(1, 2), self.keys, self.values, self.lengths)
-        mixed = kv_attention(q.transpose(1, 2), self.keys, self.values, self.lengths, DIM**-0.5).view(len(x), -1)
+        mixed = self.attention(self.product(0, kronecker_quantize(x, self.square, self.square, **norm)))
         hidden = self.product(1, kronecker_quantize(mixed, self.heads, None, self.clip), x)
         inner = self.product(2, kronecker_quantize(hidden, self.square, self.square, **norm))
         return self.product(3, kronecker_quantize(inner, self.left, self.right, self.clip, gated=True), hidden)
+
+    def bare(self, x: torch.Tensor, narrow: Quantized, wide: Quantized) -> torch.Tensor:
+        """The same without transforms: (M, 4096) -> (M, 4096) of given codes (M, 4096) and (M, 14336)."""
+        self.attention(self.product(0, narrow))
+        hidden = self.product(1, narrow, x)
+        self.product(2, narrow)
+        return self.product(3, wide, hidden)
+
+    def attention(self, rows: torch.Tensor) -> torch.Tensor:
+        """Queries, keys and values (M, 6144) -> (M, 4096)."""
+        q, k, v = rows.view(len(rows), 1, -1, DIM).split((HEADS * GROUP, HEADS, HEADS), 2)
+        q, k = turn_heads(q, k, *self.rotation, self.right, self.right)
+        kv_append(k.transpose(1, 2), v.transpose(1, 2), self.keys, self.values, self.lengths)
+        return kv_attention(q.transpose(1, 2), self.keys, self.values, self.lengths, DIM**-0.5).view(len(rows), -1)
 
 
 def layers() -> Iterator[Row]:
@@ -148,8 +159,15 @@ def layers() -> Iterator[Row]:
     for context, batch in itertools.product((1, CONTEXT), (1, 16, 64)):
         x = torch.randn(batch, 64 * 64, device="cuda").half()
         drawn = [Layer(batch, context) for _ in range(8)]
-        (us,) = compare([lambda one=one: one.step(x) for one in drawn])  # noqa: B023
+        one = drawn[0]
+        narrow = kronecker_quantize(x, one.square, one.square)
+        wide = kronecker_quantize(torch.randn(batch, 112 * DIM, device="cuda").half(), one.left, one.right)
+        us, bare = compare(
+            [lambda one=one: one.step(x) for one in drawn],  # noqa: B023
+            [lambda one=one: one.bare(x, narrow, wide) for one in drawn],  # noqa: B023
+        )
         yield Row("layer", f"context {context}", batch, us, None, None)
+        yield Row("layer without transforms", f"context {context}", batch, bare, None, None)
 
 
 def main() -> None:

@@ -138,6 +138,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--layers", type=int, default=LLAMA_8B["num_hidden_layers"], help="fewer for a quick look")
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), help="default: all")
     parser.add_argument("--only", choices=CONTESTANTS, help="one contestant, in this process, nothing written")
     given = parser.parse_args()
     if given.only:
@@ -145,7 +146,7 @@ def main() -> None:
         return
     found: dict[str, dict[str, float]] = {}
     origin = f"{describe()}; vllm {version('vllm')}; {given.layers} layers, fp16; {' '.join(sys.argv)}"
-    for contestant in CONTESTANTS:
+    for contestant in given.contestants:
         found[contestant] = measured_apart(contestant, given.layers, given.repeats)
         figures = (f"{what} {milliseconds:.3f}" for what, milliseconds in found[contestant].items())
         print(f"{contestant}: ms by batch: {', '.join(figures)}", flush=True)

@@ -6,13 +6,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks import flatness_peaks, flatquant_calibration, flatquant_traffic, temperature
+from benchmarks import flatness_peaks, flatquant_calibration, flatquant_traffic, nfl_blocks, temperature
 from benchmarks.flatquant_calibration import Row, random_folder
 from flute.bench.results import read_rows
 from flute.evaluate.perplexity import encode, perplexity
 from flute.flatquant.spec import PRESETS
 from flute.integrations import folders
 from flute.integrations.folders import embedded
+from flute.spec import QuantSpec
 
 
 def config() -> AutoConfig:
@@ -42,7 +43,18 @@ def test_calibration_is_timed_and_projected(tmp_path: Path) -> None:
     assert f"benchmarks.flatquant_calibration {tmp_path / 'small'} --layers 3" in origin
     assert (row.model, row.blocks, row.full_blocks, row.arithmetic) == ("small", 3, 5, "float32")
     assert (row.samples, row.window, row.batch, row.epochs, row.gpu_allocated_gb) == (4, 16, 2, 2, None)
-    assert row.step_ms == pytest.approx(1e3 * row.block_seconds / 4, rel=1e-3) and row.host_gb > 0.1
+    assert 0 < row.step_ms < 1e3 * row.block_seconds / 4 and row.host_gb > 0.1
+    assert row.projected_minutes * 60 == pytest.approx(5 * row.block_seconds + row.rest_seconds * 5 / 3, rel=1e-3)
+
+
+def test_learning_scales_is_timed_and_projected(tmp_path: Path) -> None:
+    config().save_pretrained(tmp_path / "small")
+    out = tmp_path / "rows.csv"
+    nfl_blocks.main([str(tmp_path / "small"), "--layers=3", "--samples=4", "--window=16", "--bits=3", "-o", str(out)])
+    origin, (row,) = read_rows(out, nfl_blocks.Row)
+    assert f"benchmarks.nfl_blocks {tmp_path / 'small'} --layers=3" in origin
+    assert (row.model, row.blocks, row.full_blocks, row.spec) == ("small", 3, 5, str(QuantSpec(3, 64, "nf3")))
+    assert row.block_seconds > 0 and row.projected_gb is None
     assert row.projected_minutes * 60 == pytest.approx(5 * row.block_seconds + row.rest_seconds * 5 / 3, rel=1e-3)
 
 

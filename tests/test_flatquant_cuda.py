@@ -109,7 +109,7 @@ def test_rounding_learns_as_on_a_cpu(clamped: bool) -> None:
     x, ratios, g = torch.randn(300, 512), 0.6 + 0.4 * torch.rand(300, 2), torch.randn(300, 512)
     found = []
     for device in ("cpu", "cuda"):
-        leaves = [each.to(device).requires_grad_() for each in (x, ratios)]
+        leaves = [each.detach().to(device).requires_grad_() for each in (x, ratios)]
         y = fake(leaves[0], 4, clip=leaves[1], clamped=clamped)
         y.backward(g.to(device))
         found.append([y.detach().cpu(), *(leaf.grad.cpu() for leaf in leaves)])  # type: ignore[union-attr]

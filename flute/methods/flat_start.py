@@ -70,15 +70,15 @@ def watch(block: nn.Module, run: Callable[[int], Any], batches: int) -> Seen:
             raise CalibrationError(
                 f"the input of {name!r} is NaN or Inf on the calibration text; repair the checkpoint"
             )
-        peak = rows.abs().amax(0)
+        peak = rows.abs().amax(0).float()
         seen.largest[name] = torch.maximum(seen.largest[name], peak) if name in seen.largest else peak
-        parts[name].append(rows[:: max(1, len(rows) // quota)][:quota].clone())
+        parts[name].append(rows[:: max(1, len(rows) // quota)][:quota].float().clone())
 
     def heads(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
         q, k = (turned(x, *arguments[2:]).transpose(1, 2) for x in arguments[:2])  # what transforms get
         keep("query", q)
         keep("key", k)
-        means.append(k.mean((0, 2)))
+        means.append(k.float().mean((0, 2)))
 
     def site(name: str) -> Callable[..., None]:
         return lambda module, arguments: keep(name, arguments[0])

@@ -32,7 +32,7 @@ from .calibration import check_windows
 from .capture import Call, Stack, record, run_block, to_device
 from .flat_clips import search_clips
 from .flat_gptq import Feedback, round_block
-from .flat_start import Start, begin, unrounded, watch
+from .flat_start import Seen, Start, begin, unrounded, watch
 from .flat_train import Job, OnStep, Schedule, Trained, train
 from .learn import within
 
@@ -89,16 +89,19 @@ def calibrate(
     for index, (original, recorded) in enumerate(zip(stack.blocks, stack.calls, strict=True)):
         call = to_device(recorded, where)
         block = copy.deepcopy(original).to(where, torch.float32)
-        truth = [_kept(run_block(block, part.to(where), call), home) for part in hidden]
+        dense, seen, truth = _watched(f"{prefix}.{index}", block, spec, call, hidden, home, schedule.amp)
         kept = _load(state, index, job)
         if kept is None:
+            learned = begin(start, spec, shape_of(original), dense, seen)
+            search_clips(learned, dense, seen)
             done = partial(within, on_step, index, len(stack.blocks))
-            kept = _block(f"{prefix}.{index}", block, spec, start, schedule, call, hidden, truth, done)
+            trained = train(Job(block, dense, call, hidden, truth, amp=schedule.amp), learned, schedule, done)
+            kept = learned.matrices(), trained
             _save(state, index, job, *kept)
         found.append(kept[0].to("cpu"))
         report.blocks.append(kept[1])
         hidden = truth
-        del block
+        del block, dense, seen
     return found, report
 
 
@@ -118,35 +121,27 @@ def _recorded(
     return torch.device(device or model.device), prefix, record(model, prefix, windows, batch * windows.shape[1])
 
 
-def _block(
-    where: str,
-    block: nn.Module,
-    spec: FlatSpec,
-    start: Start,
-    schedule: Schedule,
-    call: Call,
-    hidden: list[torch.Tensor],
-    truth: list[torch.Tensor],
-    on_step: OnStep,
-) -> tuple[Matrices, Trained]:
-    """Matrices of one block, which is flattened for it."""
+def _watched(
+    where: str, block: nn.Module, spec: FlatSpec, call: Call, hidden: list[torch.Tensor], home: torch.device, amp: bool
+) -> tuple[dict[str, torch.Tensor], Seen, list[torch.Tensor]]:
+    """Flatten a block and run it unrounded over the whole text, once: its dense tensors, what its sites see, and what
+    it gives, which is what the block is to learn and what the next one gets."""
     block.requires_grad_(False)
-    dense, shape = dict(block.named_parameters()), shape_of(block)
+    dense: dict[str, torch.Tensor] = dict(block.named_parameters())
     device = next(iter(dense.values())).device
-    flatten(block, spec)
-
-    def run(index: int) -> torch.Tensor:
-        return run_block(block, hidden[index].to(device), call)
-
     check_norms(block, where)
+    first = run_block(block, hidden[0].to(device), call)
+    flatten(block, spec)
+    truth: list[torch.Tensor] = []
+
+    def run(index: int) -> None:
+        truth.append(_kept(run_block(block, hidden[index].to(device, non_blocking=True), call).float(), home))
+
     with unrounded(block):
-        check_block(lambda: truth[0].to(device), lambda: run(0), where)
-    seen = watch(block, run, len(hidden))
-    learned = begin(start, spec, shape, dense, seen)
-    search_clips(learned, dense, seen)
-    job = Job(block, dense, call, hidden, truth, amp=schedule.amp)
-    trained = train(job, learned, schedule, on_step)
-    return learned.matrices(), trained
+        check_block(first, run_block(block, hidden[0].to(device), call), where)
+    with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+        seen = watch(block, run, len(hidden))
+    return dense, seen, truth
 
 
 def _digest(model: Any) -> str:
