@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks import flatness_peaks, flatquant_calibration, flatquant_traffic, nfl_blocks, temperature
+from benchmarks import flatness_peaks, flatquant_calibration, flatquant_traffic, nfl_blocks, nfl_rates, temperature
 from benchmarks.flatquant_calibration import Row, random_folder
 from flute.bench.results import read_rows
 from flute.evaluate.perplexity import encode, perplexity
@@ -56,6 +56,20 @@ def test_learning_scales_is_timed_and_projected(tmp_path: Path) -> None:
     assert (row.model, row.blocks, row.full_blocks, row.spec) == ("small", 3, 5, str(QuantSpec(3, 64, "nf3")))
     assert row.block_seconds > 0 and row.projected_gb is None
     assert row.projected_minutes * 60 == pytest.approx(5 * row.block_seconds + row.rest_seconds * 5 / 3, rel=1e-3)
+
+
+def test_first_steps_of_learning_are_compared(tmp_path: Path) -> None:
+    random_folder(config(), tmp_path / "small", "cpu")
+    out, text = tmp_path / "rates.csv", str(embedded() / "heldout.txt")
+    given = [str(tmp_path / "small"), "--calibration", text, "--text", text, "--rates=5e-4,50", "-o", str(out)]
+    given += ["--bits=3", "--samples=2", "--window=32", "--epochs=1", "--eval-windows=1", "--eval-length=64"]
+    for method in ("gptq+nfl", "gptq"):
+        nfl_rates.main([*given, "--method", method])
+    _, rows = read_rows(out, nfl_rates.Row)
+    assert [(row.method, row.rate) for row in rows] == [("gptq+nfl", 5e-4), ("gptq+nfl", 50.0), ("gptq", None)]
+    small, wild, without = rows
+    assert small.before == wild.before == wild.after and small.after is not None and small.after <= wild.after
+    assert wild.best_step == 0 and without.after is None and without.perplexity == wild.perplexity
 
 
 def test_a_step_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -129,6 +129,20 @@ def test_it_never_ends_worse_than_it_began(objective: str, learn_table: bool) ->
             assert torch.equal(kept.weight, module.weight) and torch.equal(kept.scales, module.scales)
 
 
+def test_scales_of_kept_codes_take_smaller_steps() -> None:
+    """Adam's first step is the rate itself, up or down."""
+    for kept, rate in ((False, 5e-3), (True, 5e-4)):
+        _, made = layer(*SPECS[0], fixed_codes=kept)
+        begun, x, moved = made.scales.detach().clone(), torch.randn(7, 24), []
+        learn.learn(
+            {"one": made}, 1, lambda index: made(x).square().sum(), Learning(epochs=1),  # noqa: B023
+            on_step=lambda *_: moved.append((made.scales.detach() - begun).abs()),  # noqa: B023
+        )  # fmt: skip
+        torch.testing.assert_close(
+            moved[0], torch.full_like(begun, rate * float(begun.abs().mean())), rtol=1e-3, atol=0
+        )
+
+
 def test_what_is_kept_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hidden states, activations and codes kept, or all computed anew: the same bytes; and what is kept is used."""
     results, runs = [], []
@@ -201,7 +215,7 @@ def test_learning_goes_on_from_another_methods_codes(method: str, spec: QuantSpe
     dense, first, model = small(), small(), small()
     quantize_model(first, spec, windows(), method=method)
     report = quantize_model(
-        model, spec, windows(), method=f"{method}+nfl", learning=Learning(3, learn_table=learn_table)
+        model, spec, windows(), method=f"{method}+nfl", learning=Learning(3, 5e-3, learn_table=learn_table)
     )
     truth, guess = (each(windows()).logits.log_softmax(-1).flatten(0, 1) for each in (dense, first))
     begun = nn.functional.kl_div(guess, truth, log_target=True, reduction="batchmean")
@@ -249,6 +263,7 @@ def test_what_cannot_be_learned_is_refused_in_one_line() -> None:
         (small(), windows() + 90, {}, "the model knows 0 to 96"),
         (small(), windows(), {"epochs": 0}, "above zero"),
         (small(), windows(), {"lr": float("nan")}, "above zero"),
+        (small(), windows(), {"relative": False}, "relative=False wants an lr"),
         (small(), windows(), {"objective": "mse"}, "use nll, kl, block"),
         (small(), windows(), {"learn_table": "row"}, "tables per row gain less than smaller groups"),
     ]:

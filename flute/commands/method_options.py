@@ -47,6 +47,13 @@ WindowOption = Annotated[int, typer.Option(min=2, help="Tokens in such a window.
 ActOrderOption = Annotated[
     bool, typer.Option("--act-order/--no-act-order", help="For gptq, best: most important inputs first, or in order.")
 ]
+LrOption = Annotated[
+    float | None,
+    typer.Option(
+        help="For nfl: first step, in units of a layer's mean scale. Left out: 0.005, and behind another method, whose "
+        "codes are kept, 0.0005."
+    ),
+]
 ObjectiveOption = Annotated[
     str, typer.Option(help="For nfl: kl (to the dense model), nll (of the text), or block after block.")
 ]

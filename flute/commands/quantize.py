@@ -36,6 +36,7 @@ from .method_options import (
     BitsOption,
     CalibrationOption,
     HadamardOption,
+    LrOption,
     MethodOption,
     ObjectiveOption,
     PerLayerOption,
@@ -75,7 +76,7 @@ def quantize(
     seed: Annotated[int, typer.Option(help="Which windows are drawn.")] = 0,
     act_order: ActOrderOption = True,
     epochs: Annotated[int, typer.Option(min=1, help="For nfl: passes over the windows.")] = 2,
-    lr: Annotated[float, typer.Option(help="For nfl: first step, in units of a layer's mean scale.")] = 5e-3,
+    lr: LrOption = None,
     objective: ObjectiveOption = "kl",
     learn_table: Annotated[bool, typer.Option("--learn-table", help="For nfl: learn a table per layer.")] = False,
     skip: Annotated[

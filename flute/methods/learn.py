@@ -32,6 +32,7 @@ from .losses import DenseLogits, kl, nll, recomputing
 from .progress import State
 
 _BATCH_TOKENS = 512  # of a step over the whole model
+_FIRST_STEP = 5e-3  # of a layer's mean scale
 
 OnStep = Callable[[int, int, float], None]  # steps done, steps in all, loss of this one
 OBJECTIVES = ("nll", "kl", "block")
@@ -43,7 +44,8 @@ class Learning:
 
     Args:
         epochs: passes over the calibration windows.
-        lr: first step size of Adam, falling to zero with a cosine.
+        lr: first step size of Adam, falling to zero with a cosine; None: 5e-3, and a tenth of that where codes are
+            kept: errors of another method's make up for each other, which larger steps undo before they learn.
         relative: ``lr`` is in units of each layer's mean scale (and of its table's range), else absolute.
         objective: ``"nll"``, ``"kl"`` or ``"block"``.
         scale: where scales begin, ``"absmax"`` or ``"mse"``.
@@ -57,7 +59,7 @@ class Learning:
     """
 
     epochs: int = 2
-    lr: float = 5e-3
+    lr: float | None = None
     relative: bool = True
     objective: str = "kl"
     scale: str = "mse"
@@ -67,10 +69,12 @@ class Learning:
     save_every: int = 10
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or not 0 < self.lr < math.inf or self.save_every < 1:
+        if self.epochs < 1 or not 0 < self.rate(False) < math.inf or self.save_every < 1:
             raise CalibrationError(
                 f"epochs={self.epochs}, lr={self.lr}, save_every={self.save_every}: all must be above zero"
             )
+        if self.lr is None and not self.relative:
+            raise CalibrationError("relative=False wants an lr: there is no absolute step that suits every model")
         if self.objective not in OBJECTIVES:
             raise CalibrationError(f"objective={self.objective!r} is unknown; use {', '.join(OBJECTIVES)}")
         if not isinstance(self.learn_table, bool):
@@ -78,6 +82,10 @@ class Learning:
                 f"learn_table={self.learn_table!r}: give True for a table per layer, or False; tables per row gain "
                 "less than smaller groups of the same bits, see docs/quality.md"
             )
+
+    def rate(self, kept: bool) -> float:
+        """The first step where codes are kept, or chosen anew."""
+        return self.lr if self.lr is not None else _FIRST_STEP * (0.1 if kept else 1.0)
 
 
 @dataclass
@@ -263,7 +271,9 @@ def learn(
     }
     for parameter in named.values():
         parameter.requires_grad_(True)
-    optimizer = torch.optim.Adam([{"params": [p], "rate": _rate(p, learning)} for p in named.values()], foreach=False)
+    rates = [_rate(p, layer, learning) for layer in layers.values() for p in layer.learnable()]
+    groups = [{"params": [p], "rate": rate} for p, rate in zip(named.values(), rates, strict=True)]
+    optimizer = torch.optim.Adam(groups, foreach=False)
     total = learning.epochs * count if named else 0
     found = state.load(named, optimizer) if state else None
     if found is None:
@@ -298,8 +308,9 @@ def learn(
     return made
 
 
-def _rate(parameter: torch.Tensor, learning: Learning) -> float:
-    return learning.lr * (float(parameter.detach().abs().mean()) if learning.relative else 1.0)
+def _rate(parameter: torch.Tensor, layer: LearnedLinear, learning: Learning) -> float:
+    unit = float(parameter.detach().abs().mean()) if learning.relative else 1.0
+    return learning.rate(layer.fixed is not None) * unit
 
 
 def _step(
