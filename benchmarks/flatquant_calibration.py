@@ -106,9 +106,21 @@ class Clock:
         """Seconds of every block but the first."""
         return [end - start for start, end in itertools.pairwise(self.ends[1:])]
 
+    def projected(self, whole: float, full: int) -> tuple[float, float, float]:
+        """Of a run of ``whole`` seconds: a block's seconds, what remains, and the minutes of ``full`` blocks."""
+        block = statistics.median(self.each())
+        rest = whole - self.blocks * block
+        return block, rest, (full * block + rest * full / self.blocks) / 60
+
     def step(self) -> float:
         """Seconds from one step to the next, the median: what a block takes besides is not in it."""
         return statistics.median(end - start for start, end in itertools.pairwise(self.steps))
+
+
+def embedded_text(samples: int, window: int) -> str:
+    """The embedded one, as often as the windows ask for: no token has 8 characters."""
+    text = (folders.embedded() / "heldout.txt").read_text()
+    return text * (1 + 8 * samples * window // len(text))
 
 
 def measured(source: Path, name: str, preset: str, full: int, job: FlatJob, text: str, device: str) -> Row:
@@ -120,16 +132,13 @@ def measured(source: Path, name: str, preset: str, full: int, job: FlatJob, text
     clock = Clock(blocks)
     with tempfile.TemporaryDirectory() as out:
         flatquant_folder(source, Path(out) / "quantized", job, {"text": text}, device=device, on_step=clock)
-        whole = time.perf_counter() - clock.ends[0]
-    block = statistics.median(clock.each())
-    rest = whole - blocks * block
+        block, rest, minutes = clock.projected(time.perf_counter() - clock.ends[0], full)
     peaks = [torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)] if on_gpu else []
     allocated, reserved = (each / _GB for each in peaks) if peaks else (None, None)
     return Row(
         name, blocks, preset, "bfloat16" if job.schedule.amp else "float32", job.samples, job.window, job.batch,
         job.schedule.epochs, block, 1e3 * clock.step(), rest, allocated, reserved,
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _GB, full,
-        (full * block + rest * full / blocks) / 60,
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _GB, full, minutes,
     )  # fmt: skip
 
 
@@ -156,8 +165,7 @@ def main(arguments: list[str] | None = None) -> None:
         PRESETS[options.preset], schedule=Schedule(options.epoch, options.flat_lr, amp=options.amp),
         samples=options.nsamples, window=options.window, batch=options.cali_bsz,
     )  # fmt: skip
-    text = (options.calibration or folders.embedded() / "heldout.txt").read_text()
-    text *= 1 + (0 if options.calibration else 8 * job.samples * job.window // len(text))  # no 8 characters a token
+    text = options.calibration.read_text() if options.calibration else embedded_text(job.samples, job.window)
     full, name = config.num_hidden_layers, Path(options.model).name
     with tempfile.TemporaryDirectory() as folder:
         source = Path(options.model)

@@ -15,7 +15,6 @@ blocks go into it, and ``projected_gb``, the peak and the weights of the blocks 
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import tempfile
 import time
@@ -24,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.flatquant_calibration import Clock, random_folder
+from benchmarks.flatquant_calibration import Clock, embedded_text, random_folder
 from flute.bench.machine import describe
 from flute.bench.model import load_config
 from flute.bench.results import write_rows
@@ -62,9 +61,7 @@ def measured(source: Path, name: str, full: int, samples: int, window: int, epoc
     model.to(device)
     blocks = model.config.num_hidden_layers
     each = sum(p.nbytes for p in model.model.layers[0].parameters())
-    text = (folders.embedded() / "heldout.txt").read_text()
-    text *= 1 + 8 * samples * window // len(text)  # no 8 characters a token
-    windows = token_windows(tokenizer, {"text": text}, samples=samples, length=window)
+    windows = token_windows(tokenizer, {"text": embedded_text(samples, window)}, samples=samples, length=window)
     spec, clock = QuantSpec(bits, 64, f"nf{bits}"), Clock(blocks)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
@@ -72,12 +69,11 @@ def measured(source: Path, name: str, full: int, samples: int, window: int, epoc
     quantize_model(
         model, spec, windows, method="nfl", learning=Learning(epochs=epochs, objective="block"), on_step=clock
     )
-    whole, block = time.perf_counter() - started, statistics.median(clock.each())
-    rest = whole - blocks * block
+    block, rest, minutes = clock.projected(time.perf_counter() - started, full)
     peak = torch.cuda.max_memory_allocated(device) / _GB if on_gpu else None
     return Row(
-        name, blocks, str(spec), samples, window, epochs, block, rest, peak, full,
-        (full * block + rest * full / blocks) / 60, None if peak is None else peak + (full - blocks) * each / _GB,
+        name, blocks, str(spec), samples, window, epochs, block, rest, peak, full, minutes,
+        None if peak is None else peak + (full - blocks) * each / _GB,
     )  # fmt: skip
 
 

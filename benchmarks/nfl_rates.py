@@ -18,12 +18,12 @@ import torch
 
 from flute.bench.machine import describe
 from flute.bench.results import read_rows, write_rows
+from flute.commands.quantize import layer_spec
 from flute.evaluate.perplexity import encode, perplexity
 from flute.integrations import folders
 from flute.methods.calibration import token_windows
 from flute.methods.learn import Learning
 from flute.methods.model import quantize_model
-from flute.spec import CUSTOM_TABLE, QuantSpec
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def measured(
     samples, window, epochs = sizes
     model, tokenizer = folders.load(folders.Found(source), dtype=torch.float32)
     windows = token_windows(tokenizer, {calibration.name: calibration.read_text()}, samples=samples, length=window)
-    spec = QuantSpec(bits, 64, CUSTOM_TABLE if method.startswith("best") else f"nf{bits}")
+    _, spec = layer_spec(bits, 64, None, method)
     started = time.perf_counter()
     learning = None if rate is None else Learning(epochs, rate)
     learned = quantize_model(model, spec, windows, method=method, learning=learning).learned

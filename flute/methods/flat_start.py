@@ -72,7 +72,7 @@ def watch(block: nn.Module, run: Callable[[int], Any], batches: int) -> Seen:
             )
         peak = rows.abs().amax(0).float()
         seen.largest[name] = torch.maximum(seen.largest[name], peak) if name in seen.largest else peak
-        parts[name].append(rows[:: max(1, len(rows) // quota)][:quota].float().clone())
+        parts[name].append(rows[:: max(1, len(rows) // quota)][:quota].to(torch.float32, copy=True))
 
     def heads(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
         q, k = (turned(x, *arguments[2:]).transpose(1, 2) for x in arguments[:2])  # what transforms get

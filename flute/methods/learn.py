@@ -271,8 +271,7 @@ def learn(
     }
     for parameter in named.values():
         parameter.requires_grad_(True)
-    rates = [_rate(p, layer, learning) for layer in layers.values() for p in layer.learnable()]
-    groups = [{"params": [p], "rate": rate} for p, rate in zip(named.values(), rates, strict=True)]
+    groups = [{"params": [p], "rate": _rate(p, one, learning)} for one in layers.values() for p in one.learnable()]
     optimizer = torch.optim.Adam(groups, foreach=False)
     total = learning.epochs * count if named else 0
     found = state.load(named, optimizer) if state else None
