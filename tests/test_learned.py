@@ -131,8 +131,8 @@ def test_it_never_ends_worse_than_it_began(objective: str, learn_table: bool) ->
 
 def test_scales_of_kept_codes_take_smaller_steps() -> None:
     """Adam's first step is the rate itself, up or down."""
-    for kept, rate in ((False, 5e-3), (True, 5e-4)):
-        _, made = layer(*SPECS[0], fixed_codes=kept)
+    for bits, kept, rate in ((4, False, 5e-3), (4, True, 5e-4), (3, True, 1.5e-3), (2, True, 5e-3), (2, False, 5e-3)):
+        _, made = layer(QuantSpec(bits, 8, f"nf{bits}"), None, fixed_codes=kept)
         begun, x, moved = made.scales.detach().clone(), torch.randn(7, 24), []
         learn.learn(
             {"one": made}, 1, lambda index: made(x).square().sum(), Learning(epochs=1),  # noqa: B023

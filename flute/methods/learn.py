@@ -33,6 +33,7 @@ from .progress import State
 
 _BATCH_TOKENS = 512  # of a step over the whole model
 _FIRST_STEP = 5e-3  # of a layer's mean scale
+_KEPT = {2: 1.0, 3: 0.3, 4: 0.1}  # by bits: the part of it where codes are kept
 
 OnStep = Callable[[int, int, float], None]  # steps done, steps in all, loss of this one
 OBJECTIVES = ("nll", "kl", "block")
@@ -44,8 +45,9 @@ class Learning:
 
     Args:
         epochs: passes over the calibration windows.
-        lr: first step size of Adam, falling to zero with a cosine; None: 5e-3, and a tenth of that where codes are
-            kept: errors of another method's make up for each other, which larger steps undo before they learn.
+        lr: first step size of Adam, falling to zero with a cosine; None: 5e-3, and less of it the more bits where codes
+            are kept (`_KEPT`): errors of another method's make up for each other, the finer the codes the more, which
+            larger steps undo before they learn.
         relative: ``lr`` is in units of each layer's mean scale (and of its table's range), else absolute.
         objective: ``"nll"``, ``"kl"`` or ``"block"``.
         scale: where scales begin, ``"absmax"`` or ``"mse"``.
@@ -69,7 +71,7 @@ class Learning:
     save_every: int = 10
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or not 0 < self.rate(False) < math.inf or self.save_every < 1:
+        if self.epochs < 1 or not 0 < self.rate() < math.inf or self.save_every < 1:
             raise CalibrationError(
                 f"epochs={self.epochs}, lr={self.lr}, save_every={self.save_every}: all must be above zero"
             )
@@ -83,9 +85,9 @@ class Learning:
                 "less than smaller groups of the same bits, see docs/quality.md"
             )
 
-    def rate(self, kept: bool) -> float:
-        """The first step where codes are kept, or chosen anew."""
-        return self.lr if self.lr is not None else _FIRST_STEP * (0.1 if kept else 1.0)
+    def rate(self, kept_bits: int | None = None) -> float:
+        """The first step where codes of so many bits are kept, or (None) chosen anew."""
+        return self.lr if self.lr is not None else _FIRST_STEP * (1.0 if kept_bits is None else _KEPT[kept_bits])
 
 
 @dataclass
@@ -309,7 +311,7 @@ def learn(
 
 def _rate(parameter: torch.Tensor, layer: LearnedLinear, learning: Learning) -> float:
     unit = float(parameter.detach().abs().mean()) if learning.relative else 1.0
-    return learning.rate(layer.fixed is not None) * unit
+    return learning.rate(None if layer.fixed is None else layer.spec.bits) * unit
 
 
 def _step(
