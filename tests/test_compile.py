@@ -54,7 +54,10 @@ def complaints(text: str) -> list[str]:
 def decode_variants(arch: str, bits: int) -> list[dict[str, int]]:
     """Those that can be planned there: two blocks to an SM on Hopper only."""
     found = [dict(variant) for variant in plan.variants()]
-    return [one for one in found if one["BITS"] == bits and (one["BLOCKS"] == 1 or arch == "sm_90")]
+    found = [one for one in found if one["BITS"] == bits and (one["BLOCKS"] == 1 or arch == "sm_90")]
+    if arch != "sm_120":
+        return found
+    return [one for one in found if (*kind_of(one), one["GROUP_BLOCK"]) not in plan._SPILLING_LATER]
 
 
 def kind_of(macros: dict[str, int]) -> tuple[int, int, int]:
@@ -84,6 +87,18 @@ def test_every_variant(arch: str, bits: int) -> None:
         assert not complaints(report("decode.cu", macros, arch)), macros
     for bf16 in (0, 1):
         assert not complaints(report("dequantize.cu", {"BITS": bits, "BF16": bf16, "WIDE_TABLE": 0}, arch))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("arch", ["sm_90", "sm_120"])
+def test_what_is_fused(arch: str, bits: int) -> None:
+    """Every kind that `fused_cuda` may ask for: norms with any, all else with two row tiles."""
+    for macros in decode_variants(arch, bits):
+        if macros["TOKEN_TILES"] > 1 or not is_chosen(macros, arch):
+            continue
+        for norm, gated in ((1, 0), (1, 1), (0, 0)):
+            if macros["ROW_TILES"] == 2 or (norm and not gated):
+                assert not complaints(report("decode.cu", macros | {"NORM": norm, "GATED": gated}, arch)), macros
 
 
 def registers(text: str) -> int:

@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from ctypes import c_float
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -198,7 +199,7 @@ class _Prepared(NamedTuple):
     chosen: choice.Launch
     kernel: Any
     config: Any
-    sizes: tuple[int, ...]  # the kernel's last arguments
+    sizes: tuple[Any, ...]  # the kernel's last arguments
     workspace: tuple[int, ...] = ()  # of float32: slices of K where there are no clusters, parts of tiles that are cut
     second: Any = None  # kernel that adds up slices, or clears the flags in front of parts
     second_config: Any = None
@@ -208,6 +209,7 @@ _launches: dict[
     tuple[Any, ...], _Prepared
 ] = {}  # by `_signature`: what was checked and prepared once is only looked up
 _MOST_LAUNCHES = 16384
+_NOTHING_AROUND = (0, 0, c_float(0.0))  # the decode kernel's residual, weight and eps of a norm: `fused` has them
 
 
 def _signature(
@@ -308,24 +310,16 @@ def _prepare(problem: _Problem, chosen: choice.Launch) -> _Prepared:
     return _prepare_decode(problem, chosen)
 
 
-def _prepare_decode(problem: _Problem, chosen: plan.Plan) -> _Prepared:
+def _prepare_decode(problem: _Problem, chosen: plan.Plan, fused: tuple[tuple[str, int], ...] = ()) -> _Prepared:
     device, m, n, k, bits, group, bf16 = problem
     clusters = gpu(device).has_clusters
-    macros = chosen.macros(bits, bf16)
+    macros = (*chosen.macros(bits, bf16), *fused)
     cluster = chosen.split if clusters else 1
-    launch = _Prepared(
-        problem,
-        chosen,
-        _kernel(device, "decode.cu", macros, "lut_decode"),
-        _config(
-            (chosen.clusters * (chosen.split // cluster), chosen.passes),
-            32 * chosen.warps,
-            chosen.shared_bytes,
-            cluster,
-            clusters,
-        ),
-        (m, n, k, -(-k // group), _group_magic(group, k), chosen.split, chosen.ways, chosen.pitch, chosen.tokens),
-    )
+    blocks = (chosen.clusters * (chosen.split // cluster), chosen.passes)
+    sizes = (m, n, k, -(-k // group), _group_magic(group, k), *chosen.logs, chosen.pitch, chosen.tokens)
+    kernel = _kernel(device, "decode.cu", macros, "lut_decode")
+    config = _config(blocks, 32 * chosen.warps, chosen.shared_bytes, cluster, clusters)
+    launch = _Prepared(problem, chosen, kernel, config, (*sizes, *_NOTHING_AROUND))
     return launch if chosen.split == 1 or clusters else _with_workspace(launch, macros)
 
 

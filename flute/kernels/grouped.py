@@ -74,7 +74,7 @@ def _check(
     own_bias = None if bias is None else bias.select(0, 0) if bias.dim() == 2 else bias
     if bias is not None and tuple(bias.shape) != (experts, n):
         ops._refuse(f"bias {tuple(bias.shape)}; a stack of {experts} experts with {n} outputs needs ({experts}, {n})")
-    ops._check(x, weight.select(0, 0), scales.select(0, 0), table, own_bias, n, bits, group_size)
+    ops.check(x, weight.select(0, 0), scales.select(0, 0), table, own_bias, n, bits, group_size)
     if offsets.dtype != torch.int32 or tuple(offsets.shape) != (experts,) or offsets.device != x.device:
         ops._refuse(
             f"offsets {tuple(offsets.shape)} {offsets.dtype} on {offsets.device}; "

@@ -78,7 +78,7 @@ def _check_weight(
         _refuse("weight is in kernel order on the CPU; kernel order is for CUDA, move the layer with .to('cpu')")
 
 
-def _check(
+def check(
     x: torch.Tensor,
     weight: torch.Tensor,
     scales: torch.Tensor,
@@ -160,7 +160,7 @@ def _lut_linear_cpu(
     bits: int,
     group_size: int,
 ) -> torch.Tensor:
-    k = _check(x, weight, scales, table, bias, out_features, bits, group_size)
+    k = check(x, weight, scales, table, bias, out_features, bits, group_size)
     flat = x.reshape(-1, k).contiguous()  # torch's matmul may round otherwise for other strides
     if flat.shape[0] == 0:
         return x.new_empty(*x.shape[:-1], out_features)
@@ -185,7 +185,7 @@ def _lut_linear_cuda(
     y = cuda.again(x, weight, scales, table, bias, out_features, bits, group_size)
     if y is not None:
         return y
-    k = _check(x, weight, scales, table, bias, out_features, bits, group_size)
+    k = check(x, weight, scales, table, bias, out_features, bits, group_size)
     if x.dtype == torch.float32:
         _refuse("x is float32; the CUDA kernels take float16 and bfloat16, cast x and the layer")
     if x.numel() == 0:
@@ -211,7 +211,7 @@ def _lut_linear_fake(
     bits: int,
     group_size: int,
 ) -> torch.Tensor:
-    _check(x, weight, scales, table, bias, out_features, bits, group_size)
+    check(x, weight, scales, table, bias, out_features, bits, group_size)
     return x.new_empty(*x.shape[:-1], out_features)
 
 

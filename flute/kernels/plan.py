@@ -29,6 +29,7 @@ _MAX_WARPS = {
     (1, 1, 2): 12, (1, 2, 2): 8, (2, 1, 2): 8,
 }  # fmt: skip
 _SPILLING = {(4, 2, 1, 32), (1, 1, 2, 32)}  # the same and the group block: these would spill after all
+_SPILLING_LATER = {(2, 2, 1, 32)}  # and these on GPUs with clusters other than Hopper
 _SPILLING_RINGS = {(2, 1, 1, 2, 6)}  # bits, the same, and stages: with the wide table; the compact one has them
 _MOST_STAGES = {1: 8, 2: 6}  # by blocks per SM, likewise
 _TOKEN_TILES = (1, 2, 4)
@@ -93,6 +94,11 @@ class Plan:
     def warps(self) -> int:
         """Warps per block."""
         return self.rows * self.ways
+
+    @property
+    def logs(self) -> tuple[int, int]:
+        """Base-2 logarithms of ``split`` and ``ways``, which are powers of two."""
+        return self.split.bit_length() - 1, self.ways.bit_length() - 1
 
     @property
     def label(self) -> str:
@@ -204,6 +210,8 @@ def _candidate(
     clusters = max(min(together, 1), together // passes)  # passes beyond what fits at once wait their turn
     kind = (token_tiles, row_tiles, per_sm)
     if warps > _MAX_WARPS.get(kind, 0) or (*kind, block) in _SPILLING or (per_sm > 1 and gpu.arch != "sm_90"):
+        return None
+    if (*kind, block) in _SPILLING_LATER and gpu.has_clusters and not gpu.has_wgmma:
         return None
     if clusters == 0 or participants > min(32, chunks) or (ways > 1 and not gpu.has_clusters):
         return None

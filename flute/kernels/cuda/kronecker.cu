@@ -75,8 +75,7 @@ __device__ __forceinline__ void gate(u16* x, const u16* gates, u32 rank) {
       const Run<u16> second = *(const Run<u16>*)(gates + SIZE + row * N2 + column);
 #pragma unroll
       for (int e = 0; e < RUN; ++e) {
-        const float value = wide(first.values[e]);
-        made.values[e] = narrow(wide(narrow(__fdiv_rn(value, __fadd_rn(1.0f, expf(-value))))) * wide(second.values[e]));
+        made.values[e] = silu_times(first.values[e], second.values[e]);
       }
     }
 #if CLUSTER > 1

@@ -39,4 +39,10 @@ __device__ __forceinline__ u16 narrow(float value) {
   return result;
 }
 
+// silu(gate) * up, each rounded as torch rounds it.
+__device__ __forceinline__ u16 silu_times(u16 gate, u16 up) {
+  const float value = wide(gate);
+  return narrow(wide(narrow(__fdiv_rn(value, __fadd_rn(1.0f, expf(-value))))) * wide(up));
+}
+
 __device__ __forceinline__ u32 shared_address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
