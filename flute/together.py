@@ -50,6 +50,10 @@ class Together:
         sizes: out_features of each layer; all but the last multiples of 16.
         spec: how all are stored.
         anywhere: join them on the CPU too (exact there as well; the gain is on GPUs).
+
+    Attributes:
+        joined: whether the layers are neighbours in memory now.
+        has_clusters: and on a GPU whose blocks can form clusters.
     """
 
     def __init__(
@@ -64,7 +68,7 @@ class Together:
         self.parameters, self.buffers = list(parameters), list(buffers)
         self.sizes, self.spec, self.anywhere = tuple(sizes), spec, anywhere
         self.starts = tuple(sum(self.sizes[:place]) for place in range(len(self.sizes)))
-        self.joined = False
+        self.joined = self.has_clusters = False
         self._whole: dict[str, torch.Tensor | None] = {}
         self._kept: dict[int, _Kept] = {}  # by thread
         self._misses = 0
@@ -102,6 +106,8 @@ class Together:
                 for tensor, part in zip(tensors, parts, strict=True):
                     tensor.data = part
             self._whole[name] = whole
+        device = self.parameters[0]["weight"].device
+        self.has_clusters = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
         self._states = [self._state(place) for place in range(len(self.sizes))]
 
     def _fit(self) -> bool:
@@ -196,11 +202,19 @@ class Together:
         state = (weight.data_ptr(), weight._version, scales.data_ptr(), scales._version, id(table), table._version)
         return state if bias is None else (*state, bias.data_ptr(), bias._version)
 
+    def keeps_table(self) -> bool:
+        """Whether all layers still have the table that `join` found to be one. While tracing it is taken for granted."""
+        if torch.compiler.is_compiling():
+            return True
+        tables = [buffers["table"] for buffers in self.buffers]
+        return all(
+            state[4:6] == (id(table), table._version) for state, table in zip(self._states, tables, strict=True)
+        )
+
     def _refreshed(self) -> bool:
         """Something has changed: codes, scales, bias in place, which is noted; anything else ends the group."""
-        for place, state in enumerate(self._states):
-            if state[4:6] != self._state(place)[4:6]:  # the table
-                return False
+        if not self.keeps_table():
+            return False
         for name, whole in self._whole.items():
             address = 0 if whole is None else whole.data_ptr()
             for parameters in self.parameters:

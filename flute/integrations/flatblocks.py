@@ -9,13 +9,11 @@ Llama, Mistral, Qwen2 and Qwen3. Whether a model is such a one is not told by it
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import IntegrationError
 from ..flatquant.fold import MODULE_OF, SITE_OF, BlockShape
@@ -26,7 +24,9 @@ from ..flatquant.sizes import factor_sizes
 from ..flatquant.spec import FlatSpec
 from ..linear import LutLinear
 from ..spec import QuantSpec
+from .attend import attend
 from .kv_cache import Int4Cache
+from .retyped import with_forward
 
 _TOLERANCE = 1e-4  # relative, float32
 _NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -84,15 +84,9 @@ class FlatAttention(Joint):
         v = self.heads.turned_values(v.transpose(1, 2))
         if not getattr(past_key_values, "rounds", False):
             k, v = self.heads.rounded(k, v)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _eager)
-        dropout = self.attention_dropout if self.training else 0.0
         out, weights = attend(
-            self, q, k, v, attention_mask,
-            dropout=dropout, scaling=self.scaling, sliding_window=self.sliding_window, **kwargs,
-        )  # fmt: skip
-        out = out.reshape(*hidden_states.shape[:-1], -1).contiguous()
+            self, q, k, v, attention_mask, past_key_values, sliding_window=self.sliding_window, **kwargs
+        )
         return project(self.o_proj, self.output_transform(out)[0], residual), weights
 
 
@@ -125,24 +119,6 @@ class FlatMLP(Joint):
         return project(self.down_proj, made[0], residual)
 
 
-def _eager(
-    module: FlatAttention,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    *,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain attention, for ``attn_implementation="eager"``."""
-    k, v = (each.repeat_interleave(module.num_key_value_groups, 1) for each in (k, v))
-    scores = q @ k.mT * scaling
-    weights = (scores if mask is None else scores + mask).softmax(-1, dtype=torch.float32).to(q.dtype)
-    return (nn.functional.dropout(weights, dropout) @ v).transpose(1, 2), weights
-
-
 def _forward(
     block: Any,
     hidden_states: torch.Tensor,
@@ -159,12 +135,6 @@ def _forward(
         position_ids=position_ids, use_cache=use_cache, **kwargs,
     )  # fmt: skip
     return block.mlp(hidden_states, hidden_states)
-
-
-@cache
-def _real_class(kind: type) -> type:
-    """A block's class with `_forward`, under its name: transformers finds blocks by their class."""
-    return type(kind.__name__, (kind,), {"forward": _forward, "__module__": kind.__module__})
 
 
 def blocks_of(model: Any) -> tuple[str, list[nn.Module]]:
@@ -235,7 +205,7 @@ def flatten(block: Any, spec: FlatSpec, *, transforms: bool = True, real: bool =
     block.self_attn = FlatAttention(block.self_attn, shape, modules["self_attn"]).train(block.training)
     block.mlp = FlatMLP(block.mlp, modules["mlp"]).train(block.training)
     if real:
-        block.__class__ = _real_class(type(block))  # type: ignore[arg-type]  # classes are hashable
+        block.__class__ = with_forward(type(block), _forward)
 
 
 def _layer(spec: FlatSpec, shape: BlockShape, name: str, bias: bool, where: dict[str, Any]) -> nn.Module:

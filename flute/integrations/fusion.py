@@ -3,12 +3,15 @@
 A group is made of layers below one module that are called as in `FAMILIES` and are alike: K, spec, dtype, all or none
 with a bias. All but one must have a multiple of 16 rows (the tiles of kernel order); an odd one goes last. Layers
 that PEFT has wrapped are found below their wrapper. Cross attention, whose q sees another x than k and v, is passed
-by where its name tells; where it does not, the group notices by itself (see `flute.together`).
+by where its name tells; where it does not, the group notices by itself (see `flute.together`). Decoder blocks of
+transformers that consist of such groups do more in their launches, see `lutblocks`.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -21,7 +24,9 @@ _CROSS = ("cross", "encoder_attn", "encdec")
 
 
 def fuse(model: nn.Module, *, anywhere: bool = False) -> int:
-    """Let layers that get the same x share one launch; to be called again after layers were replaced.
+    """Let layers that get the same x share one launch, and known blocks their norms and sums with their products.
+
+    To be called again after layers were replaced.
 
     Args:
         model: any module with `LutLinear` in it. Groups on a GPU are joined now, others when they come to one.
@@ -45,11 +50,17 @@ def fuse(model: nn.Module, *, anywhere: bool = False) -> int:
                 layer.together, layer.place = together, place
             together.join()
             count += 1
+    blocks = _lutblocks()
+    if count and blocks is not None:
+        blocks.take_over(model)
     return count
 
 
 def separate(model: nn.Module) -> None:
-    """Undo `fuse`: every layer launches for itself again, from memory of its own."""
+    """Undo `fuse`: every layer launches for itself again, from memory of its own; blocks are what they were."""
+    blocks = _lutblocks()
+    if blocks is not None:
+        blocks.give_back(model)
     for module in model.modules():
         if isinstance(module, LutLinear) and module.together is not None:
             module.together.apart()
@@ -57,6 +68,15 @@ def separate(model: nn.Module) -> None:
             for parameter in module.parameters():
                 if not parameter.is_meta and parameter.untyped_storage().nbytes() > parameter.nbytes:
                     parameter.data = parameter.data.clone()
+
+
+def _lutblocks() -> Any:
+    """The module `lutblocks`; None where no model of transformers can be, which it would take seconds to import."""
+    if "transformers" not in sys.modules:
+        return None
+    from . import lutblocks
+
+    return lutblocks
 
 
 def _groups(name: str, parent: nn.Module) -> Iterator[list[LutLinear]]:

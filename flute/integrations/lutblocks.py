@@ -1,0 +1,170 @@
+"""Decoder blocks whose norms, activation and residuals are part of their products while few tokens are decoded.
+
+    q, k, v = norm(h) [Wq; Wk; Wv]^T            h' = h + attention(q, k, v) Wo^T
+    g, u = norm'(h') [Wgate; Wup]^T             h'' = h' + (silu(g) * u) Wdown^T
+
+Each product is one `flute.kernels.fused.lut_fused`, rounded as the modules round that it stands for; a norm or a sum of
+its own would cost a launch, which with few tokens is more than its work. For Llama, Mistral, Qwen2 and Qwen3 of
+transformers. Nothing of a block changes but its class: it keeps its modules, their names and its state dict, and in all
+cases but this one it runs transformers' own forward. That is looked at in every step, since adapters, hooks, other
+dtypes or other layers may have come in between; modules that are not called must have nothing that a call would set off.
+(transformers hooks every attention when a model is asked for hidden states or attention weights, and leaves its hooks
+there: from then on blocks run as they were.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules import module as hooks
+from transformers.activations import ACT2FN
+from transformers.models.llama import modeling_llama as llama
+from transformers.models.mistral import modeling_mistral as mistral
+from transformers.models.qwen2 import modeling_qwen2 as qwen2
+from transformers.models.qwen3 import modeling_qwen3 as qwen3
+
+from ..kernels.fused import MOST_TOKENS, lut_fused
+from ..kernels.heads import turned
+from ..linear import LutLinear
+from ..parallel import is_cut
+from ..together import Together
+from .attend import attend
+from .retyped import with_forward
+
+
+class _Parts(NamedTuple):
+    """Classes of what a block consists of."""
+
+    attention: type
+    mlp: type
+    norm: type
+
+
+_KINDS: dict[type, _Parts] = {
+    llama.LlamaDecoderLayer: _Parts(llama.LlamaAttention, llama.LlamaMLP, llama.LlamaRMSNorm),
+    mistral.MistralDecoderLayer: _Parts(mistral.MistralAttention, mistral.MistralMLP, mistral.MistralRMSNorm),
+    qwen2.Qwen2DecoderLayer: _Parts(qwen2.Qwen2Attention, qwen2.Qwen2MLP, qwen2.Qwen2RMSNorm),
+    qwen3.Qwen3DecoderLayer: _Parts(qwen3.Qwen3Attention, qwen3.Qwen3MLP, qwen3.Qwen3RMSNorm),
+}
+_SILU = (nn.SiLU, type(ACT2FN["silu"]))
+_QKV, _GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+
+
+def take_over(model: nn.Module) -> None:
+    """Let the known blocks of ``model`` run as above. Those whose classes somebody has patched are left alone."""
+    for block in model.modules():
+        kind = type(block)
+        if kind in _KINDS and all(_is_own(each, kind.__module__) for each in (kind, *_KINDS[kind])):
+            block.__class__ = with_forward(kind, _forward)
+
+
+def give_back(model: nn.Module) -> None:
+    """Undo `take_over`."""
+    for block in model.modules():
+        kind = type(block).__base__
+        if kind in _KINDS and type(block) is with_forward(kind, _forward):
+            block.__class__ = kind
+
+
+def _is_own(part: Any, home: str) -> bool:
+    return part.__module__ == part.forward.__module__ == home
+
+
+def _forward(
+    block: Any,
+    hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    past_key_values: Any = None,
+    use_cache: bool | None = False,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    kind = next(each for each in type(block).__mro__ if each in _KINDS)  # whatever others have put on top of it
+    if position_embeddings is None or not _fits(block, _KINDS[kind], hidden_states):
+        made: torch.Tensor = kind.forward(  # type: ignore[attr-defined]
+            block, hidden_states, attention_mask, position_ids, past_key_values, use_cache, position_embeddings, **kwargs
+        )
+        return made
+    hidden, attention, mlp = hidden_states.contiguous(), block.self_attn, block.mlp
+    layers = [attention._modules[name] for name in _QKV]
+    joint = _product(hidden, layers, norm=block.input_layernorm)
+    split = joint.split([layer.rows for layer in layers], -1)
+    q, k, v = (each.unflatten(-1, (-1, attention.head_dim)) for each in split)
+    if kind is qwen3.Qwen3DecoderLayer:
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    q, k = (turned(each, *position_embeddings).transpose(1, 2) for each in (q, k))
+    windows = attention.config if kind is mistral.MistralDecoderLayer else attention  # Llama's has none
+    out, _ = attend(
+        attention, q, k, v.transpose(1, 2), attention_mask, past_key_values, position_ids=position_ids,
+        use_cache=use_cache, sliding_window=getattr(windows, "sliding_window", None), **kwargs,
+    )  # fmt: skip
+    hidden = _product(out, (attention.o_proj,), residual=hidden)
+    layers = [mlp._modules[name] for name in _GATE_UP]
+    inner = _product(hidden, layers, norm=block.post_attention_layernorm, gated=True)
+    return _product(inner, (mlp.down_proj,), residual=hidden)
+
+
+def _product(
+    x: torch.Tensor, layers: Sequence[LutLinear], *, norm: Any = None, gated: bool = False, residual: Any = None
+) -> torch.Tensor:
+    """`lut_fused` of layers with one spec and table; their own parameters, since that is what torch.compile knows."""
+    first, biases = layers[0], [layer.bias for layer in layers if layer.bias is not None]
+    return lut_fused(
+        x, [layer.weight for layer in layers], [layer.scales for layer in layers], first.table, biases,
+        [layer.rows for layer in layers], first.spec.bits, first.spec.group_size,
+        gain=None if norm is None else norm.weight, eps=0.0 if norm is None else norm.variance_epsilon,
+        gated=gated, residual=residual,
+    )  # fmt: skip
+
+
+# ---- whether it is such a step -----------------------------------------------------------------------------------------
+
+
+def _fits(block: Any, parts: _Parts, x: torch.Tensor) -> bool:
+    if torch.is_grad_enabled() or block.training or not 0 < x.numel() <= MOST_TOKENS * x.shape[-1]:
+        return False
+    if torch._C._is_any_autocast_enabled() or hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
+        return False
+    modules = block._modules  # dictionaries: torch looks a module's attributes up in Python
+    attention, mlp = modules["self_attn"], modules["mlp"]
+    if type(attention) is not parts.attention or type(mlp) is not parts.mlp:
+        return False
+    norms, act = (modules["input_layernorm"], modules["post_attention_layernorm"]), mlp._modules.get("act_fn")
+    if type(act) not in _SILU or not all(_is_bare(each) for each in (attention, mlp, act, *norms)):
+        return False
+    if any(type(norm) is not parts.norm or norm.weight.dtype != x.dtype for norm in norms):
+        return False
+    qkv = [attention._modules[name] for name in _QKV]
+    gate_up = [mlp._modules[name] for name in _GATE_UP]
+    layers = (*qkv, attention._modules["o_proj"], *gate_up, mlp._modules["down_proj"])
+    return all(_suits(layer, x.dtype) for layer in layers) and _share_a_launch(qkv) and _share_a_launch(gate_up)
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """Whether a call of ``module`` runs the forward of its class and nothing else."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+def _suits(layer: Any, dtype: torch.dtype) -> bool:
+    """Whether ``layer`` is nothing but a product of x in ``dtype``."""
+    if type(layer) is not LutLinear or layer.spec.hadamard_size or not _is_bare(layer):
+        return False
+    parameters = layer._parameters
+    if is_cut(parameters["weight"]):
+        return False
+    held = (parameters["scales"], parameters["bias"], layer._buffers["table"])
+    return all(tensor is None or tensor.dtype == dtype for tensor in held)
+
+
+def _share_a_launch(layers: Sequence[Any]) -> bool:
+    """Whether these are all of one group, in its order, where `lut_fused` has a kernel."""
+    together: Together | None = layers[0].together
+    if together is None or not (together.joined and len(together.sizes) == len(layers) and together.keeps_table()):
+        return False
+    if not (together.has_clusters or together.anywhere):
+        return False
+    return all(layer.together is together and layer.place == place for place, layer in enumerate(layers))
