@@ -203,13 +203,11 @@ class Together:
         return state if bias is None else (*state, bias.data_ptr(), bias._version)
 
     def keeps_table(self) -> bool:
-        """Whether all layers still have the table that `join` found to be one. While tracing it is taken for granted."""
+        """Whether all layers still have the one table that `join` found; not looked at while torch.compile traces."""
         if torch.compiler.is_compiling():
             return True
         tables = [buffers["table"] for buffers in self.buffers]
-        return all(
-            state[4:6] == (id(table), table._version) for state, table in zip(self._states, tables, strict=True)
-        )
+        return all(state[4:6] == (id(table), table._version) for state, table in zip(self._states, tables, strict=True))
 
     def _refreshed(self) -> bool:
         """Something has changed: codes, scales, bias in place, which is noted; anything else ends the group."""

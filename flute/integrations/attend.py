@@ -10,7 +10,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 def attend(
-    attention: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, cache: Any, **given: Any
+    attention: Any,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    cache: Any,
+    **given: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Keys and values go to the cache, queries to the function that the model is set to.
 

@@ -205,7 +205,7 @@ def flatten(block: Any, spec: FlatSpec, *, transforms: bool = True, real: bool =
     block.self_attn = FlatAttention(block.self_attn, shape, modules["self_attn"]).train(block.training)
     block.mlp = FlatMLP(block.mlp, modules["mlp"]).train(block.training)
     if real:
-        block.__class__ = with_forward(type(block), _forward)
+        block.__class__ = with_forward(type(block), _forward)  # type: ignore[arg-type]  # classes are hashable
 
 
 def _layer(spec: FlatSpec, shape: BlockShape, name: str, bias: bool, where: dict[str, Any]) -> nn.Module:

@@ -6,8 +6,8 @@
 Each product is one `flute.kernels.fused.lut_fused`, rounded as the modules round that it stands for; a norm or a sum of
 its own would cost a launch, which with few tokens is more than its work. For Llama, Mistral, Qwen2 and Qwen3 of
 transformers. Nothing of a block changes but its class: it keeps its modules, their names and its state dict, and in all
-cases but this one it runs transformers' own forward. That is looked at in every step, since adapters, hooks, other
-dtypes or other layers may have come in between; modules that are not called must have nothing that a call would set off.
+other steps it runs transformers' own forward. That is decided in every step, since adapters, hooks, other dtypes or
+other layers may have come in between: modules that are not called must have nothing more that a call would run.
 (transformers hooks every attention when a model is asked for hidden states or attention weights, and leaves its hooks
 there: from then on blocks run as they were.)
 """
@@ -38,9 +38,9 @@ from .retyped import with_forward
 class _Parts(NamedTuple):
     """Classes of what a block consists of."""
 
-    attention: type
-    mlp: type
-    norm: type
+    attention: Any
+    mlp: Any
+    norm: Any
 
 
 _KINDS: dict[type, _Parts] = {
@@ -56,7 +56,7 @@ _QKV, _GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 def take_over(model: nn.Module) -> None:
     """Let the known blocks of ``model`` run as above. Those whose classes somebody has patched are left alone."""
     for block in model.modules():
-        kind = type(block)
+        kind: Any = type(block)
         if kind in _KINDS and all(_is_own(each, kind.__module__) for each in (kind, *_KINDS[kind])):
             block.__class__ = with_forward(kind, _forward)
 
@@ -64,7 +64,7 @@ def take_over(model: nn.Module) -> None:
 def give_back(model: nn.Module) -> None:
     """Undo `take_over`."""
     for block in model.modules():
-        kind = type(block).__base__
+        kind: Any = type(block).__base__
         if kind in _KINDS and type(block) is with_forward(kind, _forward):
             block.__class__ = kind
 
@@ -83,11 +83,12 @@ def _forward(
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    kind = next(each for each in type(block).__mro__ if each in _KINDS)  # whatever others have put on top of it
+    kind: Any = next(each for each in type(block).__mro__ if each in _KINDS)  # whatever others have put on top of it
     if position_embeddings is None or not _fits(block, _KINDS[kind], hidden_states):
-        made: torch.Tensor = kind.forward(  # type: ignore[attr-defined]
-            block, hidden_states, attention_mask, position_ids, past_key_values, use_cache, position_embeddings, **kwargs
-        )
+        made: torch.Tensor = kind.forward(
+            block, hidden_states, attention_mask=attention_mask, position_ids=position_ids,
+            past_key_values=past_key_values, use_cache=use_cache, position_embeddings=position_embeddings, **kwargs,
+        )  # fmt: skip
         return made
     hidden, attention, mlp = hidden_states.contiguous(), block.self_attn, block.mlp
     layers = [attention._modules[name] for name in _QKV]
@@ -121,7 +122,7 @@ def _product(
     )  # fmt: skip
 
 
-# ---- whether it is such a step -----------------------------------------------------------------------------------------
+# ---- whether it is such a step ---------------------------------------------------------------------------------------
 
 
 def _fits(block: Any, parts: _Parts, x: torch.Tensor) -> bool:
@@ -129,7 +130,7 @@ def _fits(block: Any, parts: _Parts, x: torch.Tensor) -> bool:
         return False
     if torch._C._is_any_autocast_enabled() or hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
         return False
-    modules = block._modules  # dictionaries: torch looks a module's attributes up in Python
+    modules: dict[str, Any] = block._modules  # dictionaries: torch looks a module's attributes up in Python
     attention, mlp = modules["self_attn"], modules["mlp"]
     if type(attention) is not parts.attention or type(mlp) is not parts.mlp:
         return False
@@ -153,7 +154,7 @@ def _suits(layer: Any, dtype: torch.dtype) -> bool:
     """Whether ``layer`` is nothing but a product of x in ``dtype``."""
     if type(layer) is not LutLinear or layer.spec.hadamard_size or not _is_bare(layer):
         return False
-    parameters = layer._parameters
+    parameters: dict[str, Any] = layer._parameters
     if is_cut(parameters["weight"]):
         return False
     held = (parameters["scales"], parameters["bias"], layer._buffers["table"])

@@ -10,7 +10,7 @@ from torch import nn
 
 
 @cache
-def with_forward(kind: type[nn.Module], forward: Callable[..., Any]) -> type[nn.Module]:
+def with_forward(kind: Any, forward: Callable[..., Any]) -> type[nn.Module]:
     """``kind`` with another ``forward``, to be put into ``__class__`` of a module.
 
     A subclass, under the name of ``kind``: transformers finds modules by their class or its name. No file of Python's
@@ -23,7 +23,7 @@ def with_forward(kind: type[nn.Module], forward: Callable[..., Any]) -> type[nn.
     return type(kind.__name__, (kind,), {"forward": forward, "__reduce__": reduce, "__module__": kind.__module__})
 
 
-def _empty(kind: type[nn.Module], forward: Callable[..., Any]) -> nn.Module:
+def _empty(kind: Any, forward: Callable[..., Any]) -> nn.Module:
     """Without a state, which is what copying and unpickling give it next."""
     made = with_forward(kind, forward)
     return made.__new__(made)
