@@ -206,8 +206,11 @@ class Together:
         """Whether all layers still have the one table that `join` found; not looked at while torch.compile traces."""
         if torch.compiler.is_compiling():
             return True
-        tables = [buffers["table"] for buffers in self.buffers]
-        return all(state[4:6] == (id(table), table._version) for state, table in zip(self._states, tables, strict=True))
+        for buffers, state in zip(self.buffers, self._states, strict=True):
+            table = buffers["table"]
+            if id(table) != state[4] or table._version != state[5]:
+                return False
+        return True
 
     def _refreshed(self) -> bool:
         """Something has changed: codes, scales, bias in place, which is noted; anything else ends the group."""

@@ -110,12 +110,13 @@ def _forward(
 
 
 def _product(
-    x: torch.Tensor, layers: Sequence[LutLinear], *, norm: Any = None, gated: bool = False, residual: Any = None
+    x: torch.Tensor, layers: Sequence[Any], *, norm: Any = None, gated: bool = False, residual: Any = None
 ) -> torch.Tensor:
     """`lut_fused` of layers with one spec and table; their own parameters, since that is what torch.compile knows."""
-    first, biases = layers[0], [layer.bias for layer in layers if layer.bias is not None]
+    first, held = layers[0], [layer._parameters for layer in layers]
+    biases = [each["bias"] for each in held if each["bias"] is not None]
     return lut_fused(
-        x, [layer.weight for layer in layers], [layer.scales for layer in layers], first.table, biases,
+        x, [each["weight"] for each in held], [each["scales"] for each in held], first.table, biases,
         [layer.rows for layer in layers], first.spec.bits, first.spec.group_size,
         gain=None if norm is None else norm.weight, eps=0.0 if norm is None else norm.variance_epsilon,
         gated=gated, residual=residual,
@@ -126,23 +127,27 @@ def _product(
 
 
 def _fits(block: Any, parts: _Parts, x: torch.Tensor) -> bool:
+    """In eager mode this is work of the host for every block and step: plain loops, and dictionaries of modules."""
     if torch.is_grad_enabled() or block.training or not 0 < x.numel() <= MOST_TOKENS * x.shape[-1]:
         return False
     if torch._C._is_any_autocast_enabled() or hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
         return False
-    modules: dict[str, Any] = block._modules  # dictionaries: torch looks a module's attributes up in Python
+    modules, dtype = block._modules, x.dtype
     attention, mlp = modules["self_attn"], modules["mlp"]
     if type(attention) is not parts.attention or type(mlp) is not parts.mlp:
         return False
-    norms, act = (modules["input_layernorm"], modules["post_attention_layernorm"]), mlp._modules.get("act_fn")
-    if type(act) not in _SILU or not all(_is_bare(each) for each in (attention, mlp, act, *norms)):
+    for norm in (modules["input_layernorm"], modules["post_attention_layernorm"]):
+        if type(norm) is not parts.norm or norm._parameters["weight"].dtype != dtype or not _is_bare(norm):
+            return False
+    heads, inner = attention._modules, mlp._modules
+    act = inner.get("act_fn")
+    if type(act) not in _SILU or not (_is_bare(act) and _is_bare(attention) and _is_bare(mlp)):
         return False
-    if any(type(norm) is not parts.norm or norm.weight.dtype != x.dtype for norm in norms):
-        return False
-    qkv = [attention._modules[name] for name in _QKV]
-    gate_up = [mlp._modules[name] for name in _GATE_UP]
-    layers = (*qkv, attention._modules["o_proj"], *gate_up, mlp._modules["down_proj"])
-    return all(_suits(layer, x.dtype) for layer in layers) and _share_a_launch(qkv) and _share_a_launch(gate_up)
+    qkv, gate_up = [heads[name] for name in _QKV], [inner[name] for name in _GATE_UP]
+    for layer in (*qkv, heads["o_proj"], *gate_up, inner["down_proj"]):
+        if not _suits(layer, dtype):
+            return False
+    return _share_a_launch(qkv) and _share_a_launch(gate_up)
 
 
 def _is_bare(module: nn.Module) -> bool:
@@ -152,20 +157,20 @@ def _is_bare(module: nn.Module) -> bool:
 
 def _suits(layer: Any, dtype: torch.dtype) -> bool:
     """Whether ``layer`` is nothing but a product of x in ``dtype``."""
-    if type(layer) is not LutLinear or layer.spec.hadamard_size or not _is_bare(layer):
+    if type(layer) is not LutLinear or not _is_bare(layer) or layer.spec.hadamard_size:
         return False
-    parameters: dict[str, Any] = layer._parameters
-    if is_cut(parameters["weight"]):
+    held: dict[str, Any] = {**layer._parameters, **layer._buffers}
+    if held["scales"].dtype != dtype or held["table"].dtype != dtype or is_cut(held["weight"]):
         return False
-    held = (parameters["scales"], parameters["bias"], layer._buffers["table"])
-    return all(tensor is None or tensor.dtype == dtype for tensor in held)
+    return held["bias"] is None or held["bias"].dtype == dtype
 
 
 def _share_a_launch(layers: Sequence[Any]) -> bool:
     """Whether these are all of one group, in its order, where `lut_fused` has a kernel."""
     together: Together | None = layers[0].together
-    if together is None or not (together.joined and len(together.sizes) == len(layers) and together.keeps_table()):
+    if together is None or not together.joined or len(together.sizes) != len(layers):
         return False
-    if not (together.has_clusters or together.anywhere):
-        return False
-    return all(layer.together is together and layer.place == place for place, layer in enumerate(layers))
+    for place, layer in enumerate(layers):
+        if layer.together is not together or layer.place != place:
+            return False
+    return (together.has_clusters or together.anywhere) and together.keeps_table()
