@@ -364,3 +364,41 @@ def test_the_benchmarks_step_is_one_graph() -> None:
     assert all(map(torch.equal, tokens[2:], tokens[:4])), "both steps of all three"
     (graph,) = counter.graphs
     assert sum(node.target is torch.ops.flute.lut_fused for node in graph.graph.nodes) == 4
+
+
+# ---- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_cuda(family: str, products: list[int]) -> None:
+    """Near the block apart, whose sums add in another order; moved there after it was fused."""
+    plain = quantized(family, torch.float16)
+    model = copy.deepcopy(plain)
+    fusion.fuse(model)
+    model, plain = model.cuda(), plain.cuda()
+    clusters = torch.cuda.get_device_capability() >= (9, 0)
+    for tokens in range(1, MOST_TOKENS + 1):
+        ids, caches = torch.arange(3, 3 + tokens, device="cuda")[None], [CACHES["static"](plain) for _ in "ab"]
+        products.clear()
+        found, wanted = (
+            each(ids, past_key_values=cache).logits for each, cache in zip((model, plain), caches, strict=True)
+        )
+        assert len(products) == (PRODUCTS if clusters else 0)
+        assert float((found - wanted).abs().max()) < 0.02 * float(wanted.abs().max())
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_cuda_compiled() -> None:
+    plain = quantized("Qwen3", torch.float16, num_hidden_layers=1).cuda()
+    model = copy.deepcopy(plain)
+    fusion.fuse(model)
+    torch.compiler.reset()
+    compiled, caches = torch.compile(model, fullgraph=True), [CACHES["static"](plain) for _ in "ab"]
+    ids = torch.arange(3, 5, device="cuda")[:, None]
+    for step in range(3):
+        both = zip((compiled, plain), caches, strict=True)
+        found, wanted = (each(ids + step, past_key_values=cache).logits for each, cache in both)
+        assert float((found - wanted).abs().max()) < 0.02 * float(wanted.abs().max())
