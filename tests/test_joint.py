@@ -142,6 +142,8 @@ def test_residuals_are_part_of_the_products(dtype: torch.dtype) -> None:
     middle = x + block.self_attn(x, rotation)[0]
     assert torch.equal(found, middle + block.mlp(middle))
     assert isinstance(block, LlamaDecoderLayer) and type(block).__name__ == "LlamaDecoderLayer"
+    for copied in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+        assert type(copied) is type(block) and torch.equal(copied(x, position_embeddings=rotation), found)
     (integer,), given = layers((16,), 4), activation(3)
     residual = torch.randn_like(integer(given))
     assert torch.equal(project(integer, given, residual), residual + integer(given))
