@@ -6,22 +6,30 @@ The four products of a layer of Llama 3.1 8B (bf16, group 64) in the order of a 
 output is a part of q, k, v): ``apart`` with norms, SiLU * up and residuals compiled by torch and launched early
 (`enable_pdl`), ``fused`` by `flute.kernels.fused`. Each product also alone, ``fused`` with what is around it, ``apart``
 bare. Microseconds in a replayed CUDA graph over layers beyond the L2 cache, both in turns.
+
+With ``--model llama-3.1-8b`` an eager decode step of the whole model as well, by the clock: there the host's work is what
+takes the time, and ``apart`` are transformers' own blocks.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from flute.bench.decoder import _compiled
 from flute.bench.machine import describe
+from flute.bench.model import Plan, build
 from flute.bench.results import write_rows
 from flute.bench.timing import compare, rotating_weights
+from flute.integrations.lutblocks import give_back, take_over
 from flute.kernels.fused import lut_fused, rms_norm
 from flute.kernels.ops import lut_linear
 from flute.spec import QuantSpec
@@ -33,7 +41,7 @@ EPS = 1e-5
 
 @dataclass(frozen=True)
 class Row:
-    """Microseconds of one layer, or of one of its products."""
+    """Microseconds of one layer, of one of its products, or of a whole model's step."""
 
     what: str
     bits: int
@@ -111,11 +119,39 @@ def measured(bits: int, tokens: int, dtype: torch.dtype) -> list[Row]:
     return rows
 
 
+@torch.no_grad()
+def eager_microseconds(model: Any, batch: int, steps: int = 24) -> float:
+    """Median of a decode step by the clock, the host's work included, with transformers' default cache."""
+    tokens = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
+    cache, taken = None, []
+    for _ in range(steps):
+        begun = time.perf_counter()
+        made = model(tokens, past_key_values=cache, use_cache=True)
+        cache, tokens = made.past_key_values, made.logits[:, -1:].argmax(-1)
+        torch.cuda.synchronize()
+        taken.append(1e6 * (time.perf_counter() - begun))
+    return statistics.median(taken[steps // 4 :])
+
+
+def of_model(config: str, bits: int, batches: list[int]) -> list[Row]:
+    """Rows of a whole model in eager mode."""
+    model, rows = build(Plan(config), f"nf{bits}"), []
+    for batch in batches:
+        times = []
+        for change in (give_back, take_over):
+            change(model)
+            times.append(eager_microseconds(model, batch))
+        rows.append(Row("model eager", bits, batch, *times, times[0] / times[1]))
+        print(rows[-1], flush=True)
+    return rows
+
+
 def main(arguments: list[str] | None = None) -> None:
     """See above."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", default="1,2,4")
     parser.add_argument("--bits", default="4,3,2")
+    parser.add_argument("--model", default="", help="also a whole model, by its name in flute bench model")
     parser.add_argument("-o", "--output", type=Path, required=True)
     options = parser.parse_args(arguments)
     rows: list[Row] = []
@@ -125,6 +161,9 @@ def main(arguments: list[str] | None = None) -> None:
             print(*made, sep="\n", flush=True)
             rows += made
             write_rows(options.output, describe(), rows)
+    if options.model:
+        rows += of_model(options.model, 4, [int(tokens) for tokens in options.tokens.split(",")])
+        write_rows(options.output, describe(), rows)
 
 
 if __name__ == "__main__":

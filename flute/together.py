@@ -203,9 +203,7 @@ class Together:
         return state if bias is None else (*state, bias.data_ptr(), bias._version)
 
     def keeps_table(self) -> bool:
-        """Whether all layers still have the one table that `join` found; not looked at while torch.compile traces."""
-        if torch.compiler.is_compiling():
-            return True
+        """Whether all layers still have the one table that `join` found."""
         for buffers, state in zip(self.buffers, self._states, strict=True):
             table = buffers["table"]
             if id(table) != state[4] or table._version != state[5]:

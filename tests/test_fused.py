@@ -26,7 +26,7 @@ def operands(spec: QuantSpec, rows: list[int], k: int, dtype: torch.dtype, devic
         codes = pack_codes(
             torch.randint(0, 1 << spec.code_bits, (n, k // spec.vector_size)).to(torch.uint8), spec.code_bits
         )
-        scales = torch.ones(n, spec.num_groups(k), dtype=dtype)
+        scales = torch.full((n, spec.num_groups(k)), 0.125, dtype=dtype)  # gate times up stays below float16's largest
     else:
         own = torch.randn(spec.table_shape) if spec.table == "custom" else None
         made = quantize(torch.randn(n, k) / k**0.5, spec, table=own, scale_dtype=dtype)

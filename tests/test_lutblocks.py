@@ -324,7 +324,7 @@ def test_only_known_blocks_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @torch.no_grad()
 def test_compiled() -> None:
-    """A step has no break, and its graph four products a block; that of a prompt has none of them."""
+    """A step has no break, and nothing is fused in it by us."""
     plain = quantized("Qwen3", num_hidden_layers=1)
     plain.set_attn_implementation("eager")  # which takes the same mask compiled or not
     model = fused(plain)
@@ -336,11 +336,11 @@ def test_compiled() -> None:
 
     torch.compiler.reset()
     compiled, caches = torch.compile(model, fullgraph=True, backend=counting), [CACHES["static"](plain) for _ in "ab"]
-    for tokens, count in ((8, 0), (1, 4)):
+    for tokens in (8, 1):
         ids = torch.arange(3, 3 + tokens)[None]
         both = zip((compiled, plain), caches, strict=True)
         found, wanted = (each(ids, past_key_values=cache).logits for each, cache in both)
-        assert torch.equal(found, wanted) and calls[-1] == count
+        assert torch.equal(found, wanted) and calls[-1] == 0
 
 
 @torch.no_grad()
@@ -363,7 +363,7 @@ def test_the_benchmarks_step_is_one_graph() -> None:
     assert counter.frame_count == 1
     assert all(map(torch.equal, tokens[2:], tokens[:4])), "both steps of all three"
     (graph,) = counter.graphs
-    assert sum(node.target is torch.ops.flute.lut_fused for node in graph.graph.nodes) == 4
+    assert not any(node.target is torch.ops.flute.lut_fused for node in graph.graph.nodes)
 
 
 # ---- on a GPU --------------------------------------------------------------------------------------------------------

@@ -3,13 +3,16 @@
     q, k, v = norm(h) [Wq; Wk; Wv]^T            h' = h + attention(q, k, v) Wo^T
     g, u = norm'(h') [Wgate; Wup]^T             h'' = h' + (silu(g) * u) Wdown^T
 
-Each product is one `flute.kernels.fused.lut_fused`, rounded as the modules round that it stands for; a norm or a sum of
-its own would cost a launch, which with few tokens is more than its work. For Llama, Mistral, Qwen2 and Qwen3 of
-transformers. Nothing of a block changes but its class: it keeps its modules, their names and its state dict, and in all
-other steps it runs transformers' own forward. That is decided in every step, since adapters, hooks, other dtypes or
-other layers may have come in between: modules that are not called must have nothing more that a call would run.
-(transformers hooks every attention when a model is asked for hidden states or attention weights, and leaves its hooks
-there: from then on blocks run as they were.)
+Each product is one `flute.kernels.fused.lut_fused`, rounded as the modules round that it stands for. In eager mode a
+step of few tokens takes the time that the host needs for its launches: some fifteen a block fewer. Compiled by torch the
+small steps are a launch each, which runs while the next product's weights are on their way; there nothing is to be
+gained (docs/kernel-log.md, section 15), and blocks run as they were.
+
+For Llama, Mistral, Qwen2 and Qwen3 of transformers. Nothing of a block changes but its class: it keeps its modules,
+their names and its state dict, and in all other steps it runs transformers' own forward. That is decided in every step,
+since adapters, hooks, other dtypes or other layers may have come in between: modules that are not called must have
+nothing more that a call would run. (transformers hooks every attention when a model is asked for hidden states or
+attention weights, and leaves its hooks there: from then on blocks run as they were.)
 """
 
 from __future__ import annotations
@@ -112,7 +115,7 @@ def _forward(
 def _product(
     x: torch.Tensor, layers: Sequence[Any], *, norm: Any = None, gated: bool = False, residual: Any = None
 ) -> torch.Tensor:
-    """`lut_fused` of layers with one spec and table; their own parameters, since that is what torch.compile knows."""
+    """`lut_fused` of layers with one spec and table."""
     first, held = layers[0], [layer._parameters for layer in layers]
     biases = [each["bias"] for each in held if each["bias"] is not None]
     return lut_fused(
@@ -128,7 +131,9 @@ def _product(
 
 def _fits(block: Any, parts: _Parts, x: torch.Tensor) -> bool:
     """In eager mode this is work of the host for every block and step: plain loops, and dictionaries of modules."""
-    if torch.is_grad_enabled() or block.training or not 0 < x.numel() <= MOST_TOKENS * x.shape[-1]:
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or block.training:
+        return False
+    if not 0 < x.numel() <= MOST_TOKENS * x.shape[-1]:
         return False
     if torch._C._is_any_autocast_enabled() or hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
         return False
