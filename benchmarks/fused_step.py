@@ -7,8 +7,8 @@ output is a part of q, k, v): ``apart`` with norms, SiLU * up and residuals comp
 (`enable_pdl`), ``fused`` by `flute.kernels.fused`. Each product also alone, ``fused`` with what is around it, ``apart``
 bare. Microseconds in a replayed CUDA graph over layers beyond the L2 cache, both in turns.
 
-With ``--model llama-3.1-8b`` an eager decode step of the whole model as well, by the clock: there the host's work is what
-takes the time, and ``apart`` are transformers' own blocks.
+With ``--model llama-3.1-8b`` an eager decode step of the whole model as well, by the clock: there the host's work is
+what takes the time, and ``apart`` are transformers' own blocks.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     g, u = norm'(h') [Wgate; Wup]^T             h'' = h' + (silu(g) * u) Wdown^T
 
 Each product is one `flute.kernels.fused.lut_fused`, rounded as the modules round that it stands for. In eager mode a
-step of few tokens takes the time that the host needs for its launches: some fifteen a block fewer. Compiled by torch the
-small steps are a launch each, which runs while the next product's weights are on their way; there nothing is to be
+step of few tokens takes the time that the host needs for its launches: some fifteen a block fewer. Compiled by torch
+the small steps are a launch each, which runs while the next product's weights are on their way; there nothing is to be
 gained (docs/kernel-log.md, section 15), and blocks run as they were.
 
 For Llama, Mistral, Qwen2 and Qwen3 of transformers. Nothing of a block changes but its class: it keeps its modules,
