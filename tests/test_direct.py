@@ -119,7 +119,8 @@ def test_a_known_launch_is_the_same_launch(
     address = {y.data_ptr(): 0, again.data_ptr(): 0}
     for first, second in zip(launched[:count], launched[count:], strict=True):
         if count == 1:  # otherwise the workspace has another address, too
-            assert [address.get(one, one) for one in first[3:]] == [address.get(one, one) for one in second[3:]]
+            known = [[address.get(one, one) for one in each[3:] if isinstance(one, int)] for each in (first, second)]
+            assert known[0] == known[1]
         assert first[:3] == second[:3]
     # anything that a check would look at is another signature
     for changed in (x[:, :-1], x.bfloat16(), x.view(m, 1, k), x.float()):
@@ -127,7 +128,11 @@ def test_a_known_launch_is_the_same_launch(
     for other in ((weight[:-1], *rest[1:]), (weight.view(torch.int8), *rest[1:]), (*rest[:3], None, n, 4, 64)):
         assert cuda.again(x, *other) is None
     strided = torch.randn(m, 2 * k).half()[:, ::2]
-    assert cuda.again(strided, *rest) is not None and launched[-1][-1] == launched[count - 1][-1]
+    assert cuda.again(strided, *rest) is not None
+    last, before = (
+        [one for one in launched[at][3:] if isinstance(one, int) and one < 1 << 20] for at in (-1, count - 1)
+    )
+    assert last == before, "all but addresses"
     forced = cuda.lut_linear(x, *rest, forced=plan.candidates(gpu, m, n, k, 4, 64)[-1])
     assert forced is not None and cuda._launches[cuda._signature(x, *rest)].chosen is cuda.choose(
         -1, m, n, k, 4, 64, False
