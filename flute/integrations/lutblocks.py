@@ -96,15 +96,19 @@ def _forward(
     hidden, attention, mlp = hidden_states.contiguous(), block.self_attn, block.mlp
     layers = [attention._modules[name] for name in _QKV]
     joint = _product(hidden, layers, norm=block.input_layernorm)
-    split = joint.split([layer.rows for layer in layers], -1)
-    q, k, v = (each.unflatten(-1, (-1, attention.head_dim)) for each in split)
+    heads = joint.unflatten(-1, (-1, attention.head_dim))
+    sizes = [layer.rows // attention.head_dim for layer in layers]
     if kind is qwen3.Qwen3DecoderLayer:
-        q, k = attention.q_norm(q), attention.k_norm(k)
-    q, k = (turned(each, *position_embeddings).transpose(1, 2) for each in (q, k))
+        q, k, v = heads.split(sizes, -2)
+        q, k = (turned(each, *position_embeddings) for each in (attention.q_norm(q), attention.k_norm(k)))
+    else:  # both at once: it is the host that takes the time
+        q, k = turned(heads[..., : sizes[0] + sizes[1], :], *position_embeddings).split(sizes[:2], -2)
+        v = heads[..., sizes[0] + sizes[1] :, :]
+    q, k, v = (each.transpose(1, 2) for each in (q, k, v))
     windows = attention.config if kind is mistral.MistralDecoderLayer else attention  # Llama's has none
     out, _ = attend(
-        attention, q, k, v.transpose(1, 2), attention_mask, past_key_values, position_ids=position_ids,
-        use_cache=use_cache, sliding_window=getattr(windows, "sliding_window", None), **kwargs,
+        attention, q, k, v, attention_mask, past_key_values, position_ids=position_ids, use_cache=use_cache,
+        sliding_window=getattr(windows, "sliding_window", None), **kwargs,
     )  # fmt: skip
     hidden = _product(out, (attention.o_proj,), residual=hidden)
     layers = [mlp._modules[name] for name in _GATE_UP]
