@@ -202,18 +202,18 @@ class Together:
         state = (weight.data_ptr(), weight._version, scales.data_ptr(), scales._version, id(table), table._version)
         return state if bias is None else (*state, bias.data_ptr(), bias._version)
 
-    def keeps_table(self) -> bool:
-        """Whether all layers still have the one table that `join` found."""
-        for buffers, state in zip(self.buffers, self._states, strict=True):
-            table = buffers["table"]
-            if id(table) != state[4] or table._version != state[5]:
-                return False
-        return True
+    def whole(self) -> dict[str, torch.Tensor | None] | None:
+        """Codes, scales and biases of all layers, one tensor of each; None where one has changed since `join`."""
+        for place, state in enumerate(self._states):
+            if self._state(place) != state:
+                return None
+        return self._whole
 
     def _refreshed(self) -> bool:
         """Something has changed: codes, scales, bias in place, which is noted; anything else ends the group."""
-        if not self.keeps_table():
-            return False
+        for place, state in enumerate(self._states):
+            if state[4:6] != self._state(place)[4:6]:  # the table
+                return False
         for name, whole in self._whole.items():
             address = 0 if whole is None else whole.data_ptr()
             for parameters in self.parameters:

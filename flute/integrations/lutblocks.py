@@ -17,8 +17,8 @@ attention weights, and leaves its hooks there: from then on blocks run as they w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
@@ -52,6 +52,7 @@ _KINDS: dict[type, _Parts] = {
     qwen2.Qwen2DecoderLayer: _Parts(qwen2.Qwen2Attention, qwen2.Qwen2MLP, qwen2.Qwen2RMSNorm),
     qwen3.Qwen3DecoderLayer: _Parts(qwen3.Qwen3Attention, qwen3.Qwen3MLP, qwen3.Qwen3RMSNorm),
 }
+_Held: TypeAlias = Mapping[str, torch.Tensor | None]  # weight, scales, bias
 _SILU = (nn.SiLU, type(ACT2FN["silu"]))
 _QKV, _GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 
@@ -87,17 +88,17 @@ def _forward(
     **kwargs: Any,
 ) -> torch.Tensor:
     kind: Any = next(each for each in type(block).__mro__ if each in _KINDS)  # whatever others have put on top of it
-    if position_embeddings is None or not _fits(block, _KINDS[kind], hidden_states):
+    held = None if position_embeddings is None else _fitting(block, _KINDS[kind], hidden_states)
+    if held is None or position_embeddings is None:
         made: torch.Tensor = kind.forward(
             block, hidden_states, attention_mask=attention_mask, position_ids=position_ids,
             past_key_values=past_key_values, use_cache=use_cache, position_embeddings=position_embeddings, **kwargs,
         )  # fmt: skip
         return made
     hidden, attention, mlp = hidden_states.contiguous(), block.self_attn, block.mlp
-    layers = [attention._modules[name] for name in _QKV]
-    joint = _product(hidden, layers, norm=block.input_layernorm)
+    joint = _product(hidden, attention.q_proj, held[0], norm=block.input_layernorm)
     heads = joint.unflatten(-1, (-1, attention.head_dim))
-    sizes = [layer.rows // attention.head_dim for layer in layers]
+    sizes = [attention._modules[name].rows // attention.head_dim for name in _QKV]
     if kind is qwen3.Qwen3DecoderLayer:
         q, k, v = heads.split(sizes, -2)
         q, k = (turned(each, *position_embeddings) for each in (attention.q_norm(q), attention.k_norm(k)))
@@ -110,21 +111,20 @@ def _forward(
         attention, q, k, v, attention_mask, past_key_values, position_ids=position_ids, use_cache=use_cache,
         sliding_window=getattr(windows, "sliding_window", None), **kwargs,
     )  # fmt: skip
-    hidden = _product(out, (attention.o_proj,), residual=hidden)
-    layers = [mlp._modules[name] for name in _GATE_UP]
-    inner = _product(hidden, layers, norm=block.post_attention_layernorm, gated=True)
-    return _product(inner, (mlp.down_proj,), residual=hidden)
+    hidden = _product(out, attention.o_proj, attention.o_proj._parameters, residual=hidden)
+    inner = _product(hidden, mlp.gate_proj, held[1], norm=block.post_attention_layernorm, gated=True)
+    return _product(inner, mlp.down_proj, mlp.down_proj._parameters, residual=hidden)
 
 
 def _product(
-    x: torch.Tensor, layers: Sequence[Any], *, norm: Any = None, gated: bool = False, residual: Any = None
+    x: torch.Tensor, layer: Any, held: _Held, *, norm: Any = None, gated: bool = False, residual: Any = None
 ) -> torch.Tensor:
-    """`lut_fused` of layers with one spec and table."""
-    first, held = layers[0], [layer._parameters for layer in layers]
-    biases = [each["bias"] for each in held if each["bias"] is not None]
+    """`lut_fused` of a layer, or of the group whose first one it is; ``held``: its codes, scales and bias."""
+    weight, scales, bias, table, spec = held["weight"], held["scales"], held["bias"], layer.table, layer.spec
+    assert weight is not None and scales is not None
+    rows = layer.rows if held is layer._parameters else sum(layer.together.sizes)
     return lut_fused(
-        x, [each["weight"] for each in held], [each["scales"] for each in held], first.table, biases,
-        [layer.rows for layer in layers], first.spec.bits, first.spec.group_size,
+        x, [weight], [scales], table, [] if bias is None else [bias], [rows], spec.bits, spec.group_size,
         gain=None if norm is None else norm.weight, eps=0.0 if norm is None else norm.variance_epsilon,
         gated=gated, residual=residual,
     )  # fmt: skip
@@ -133,30 +133,34 @@ def _product(
 # ---- whether it is such a step ---------------------------------------------------------------------------------------
 
 
-def _fits(block: Any, parts: _Parts, x: torch.Tensor) -> bool:
-    """In eager mode this is work of the host for every block and step: plain loops, and dictionaries of modules."""
+def _fitting(block: Any, parts: _Parts, x: torch.Tensor) -> tuple[_Held, _Held] | None:
+    """What q, k, v hold and what gate, up hold, each as one; None where the block must run as it is.
+
+    This is work of the host for every block and step: plain loops, and dictionaries of modules.
+    """
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or block.training:
-        return False
+        return None
     if not 0 < x.numel() <= MOST_TOKENS * x.shape[-1]:
-        return False
+        return None
     if torch._C._is_any_autocast_enabled() or hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
-        return False
+        return None
     modules, dtype = block._modules, x.dtype
     attention, mlp = modules["self_attn"], modules["mlp"]
     if type(attention) is not parts.attention or type(mlp) is not parts.mlp:
-        return False
+        return None
     for norm in (modules["input_layernorm"], modules["post_attention_layernorm"]):
         if type(norm) is not parts.norm or norm._parameters["weight"].dtype != dtype or not _is_bare(norm):
-            return False
+            return None
     heads, inner = attention._modules, mlp._modules
     act = inner.get("act_fn")
     if type(act) not in _SILU or not (_is_bare(act) and _is_bare(attention) and _is_bare(mlp)):
-        return False
+        return None
     qkv, gate_up = [heads[name] for name in _QKV], [inner[name] for name in _GATE_UP]
     for layer in (*qkv, heads["o_proj"], *gate_up, inner["down_proj"]):
         if not _suits(layer, dtype):
-            return False
-    return _share_a_launch(qkv) and _share_a_launch(gate_up)
+            return None
+    both = _whole(qkv), _whole(gate_up)
+    return None if both[0] is None or both[1] is None else (both[0], both[1])
 
 
 def _is_bare(module: nn.Module) -> bool:
@@ -174,12 +178,12 @@ def _suits(layer: Any, dtype: torch.dtype) -> bool:
     return held["bias"] is None or held["bias"].dtype == dtype
 
 
-def _share_a_launch(layers: Sequence[Any]) -> bool:
-    """Whether these are all of one group, in its order, where `lut_fused` has a kernel."""
+def _whole(layers: Sequence[Any]) -> _Held | None:
+    """What these layers hold as one, if they are all of one group, in its order, where `lut_fused` has a kernel."""
     together: Together | None = layers[0].together
     if together is None or not together.joined or len(together.sizes) != len(layers):
-        return False
+        return None
     for place, layer in enumerate(layers):
         if layer.together is not together or layer.place != place:
-            return False
-    return (together.has_clusters or together.anywhere) and together.keeps_table()
+            return None
+    return together.whole() if together.has_clusters or together.anywhere else None
