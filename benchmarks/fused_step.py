@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from flute.bench.decoder import _compiled
 from flute.bench.machine import describe
@@ -30,8 +29,9 @@ from flute.bench.model import Plan, build
 from flute.bench.results import write_rows
 from flute.bench.timing import compare, rotating_weights
 from flute.integrations.lutblocks import give_back, take_over
-from flute.kernels.fused import lut_fused, rms_norm
+from flute.kernels.fused import lut_fused
 from flute.kernels.ops import lut_linear
+from flute.kernels.tokens import gate, rms_norm
 from flute.spec import QuantSpec
 
 WIDTH, INNER, QKV = 4096, 14336, 6144
@@ -61,7 +61,7 @@ class Layers:
         self.table = next(table for _, table in made.values())
         self.gain = torch.rand(WIDTH, device="cuda").to(dtype)
         self.x = {k: torch.randn(tokens, k, device="cuda").to(dtype) for _, k in SHAPES.values()}
-        self.norm, self.silu = _compiled(lambda x, gain: rms_norm(x, gain, EPS)), _compiled(_silu_times)
+        self.norm, self.silu = _compiled(lambda x, gain: rms_norm(x, gain, EPS)), _compiled(gate)
         self.add_norm, self.add = _compiled(_add_norm), _compiled(torch.add)
 
     def product(self, name: str, x: torch.Tensor, copy: int) -> torch.Tensor:
@@ -70,7 +70,7 @@ class Layers:
 
     def around(self, name: str, x: torch.Tensor, copy: int, residual: torch.Tensor | None = None) -> torch.Tensor:
         weight, scales = self.weights[name][copy % len(self.weights[name])]
-        given = ([weight], [scales], self.table, [], [SHAPES[name][0]], self.spec.bits, self.spec.group_size)
+        given = (weight, scales, self.table, None, SHAPES[name][0], self.spec.bits, self.spec.group_size)
         gain = self.gain if name in ("qkv", "gate_up") else None
         return lut_fused(x, *given, gain=gain, eps=EPS, gated=name == "gate_up", residual=residual)
 
@@ -87,11 +87,6 @@ class Layers:
         heads = self.around("qkv", self.x[WIDTH], copy)[:, :WIDTH].contiguous()
         h = self.around("o", heads, copy, self.x[WIDTH])
         return self.around("down", self.around("gate_up", h, copy), copy, h)
-
-
-def _silu_times(x: torch.Tensor) -> torch.Tensor:
-    gate, up = x.chunk(2, -1)
-    return F.silu(gate) * up
 
 
 def _add_norm(h: torch.Tensor, more: torch.Tensor, gain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

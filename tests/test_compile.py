@@ -92,7 +92,7 @@ def test_every_variant(arch: str, bits: int) -> None:
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("arch", ["sm_90", "sm_120"])
 def test_what_is_fused(arch: str, bits: int) -> None:
-    """Every kind that `fused_cuda` may ask for: norms with any, all else with two row tiles; the groups that need most."""
+    """Every kind that `fused_cuda` may ask for: norms with any, all else with two row tiles; groups that need most."""
     groups = (32, 64) if arch == "sm_90" else (64,)
     for macros in decode_variants(arch, bits):
         if macros["TOKEN_TILES"] > 1 or macros["GROUP_BLOCK"] not in groups or not is_chosen(macros, arch):

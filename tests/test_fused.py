@@ -17,10 +17,9 @@ SPECS = [QuantSpec(), QuantSpec(3, 32, "nf3"), QuantSpec(2, -1, "int2"), QuantSp
 AROUND = ["norm", "gated", "residual", "norm gated", "norm residual", "norm gated residual"]
 
 
-def operands(spec: QuantSpec, rows: list[int], k: int, dtype: torch.dtype, device: str, whole: bool) -> dict[str, Any]:
-    """Layers that are neighbours; ``whole``: of integers small enough that every sum of products is exact."""
+def operands(spec: QuantSpec, n: int, k: int, dtype: torch.dtype, device: str, whole: bool) -> dict[str, Any]:
+    """Of one product; ``whole``: of integers small enough that every sum of products is exact."""
     torch.manual_seed(1)
-    n = sum(rows)
     if whole:
         table = torch.randint(-2, 3, spec.table_shape).to(dtype)
         codes = pack_codes(
@@ -34,11 +33,10 @@ def operands(spec: QuantSpec, rows: list[int], k: int, dtype: torch.dtype, devic
     weight, scales = codes.to(device), scales.to(device)
     if device == "cuda":
         weight, scales = layout.pack_weight(weight, spec.bits, k), layout.pack_scales(scales)
-    tiles = [size // layout.TILE_ROWS for size in rows] if device == "cuda" else rows
-    biases = list((torch.randint(-3, 4, (n,)) / 4).to(dtype).to(device).split(rows))
+    bias = (torch.randint(-3, 4, (n,)) / 4).to(dtype).to(device)
     return {
-        "weights": list(weight.split(tiles)), "scales": list(scales.split(tiles)), "table": table.to(device),
-        "biases": biases, "out_features": rows, "bits": spec.bits, "group_size": spec.group_size,
+        "weight": weight, "scales": scales, "table": table.to(device), "bias": bias, "out_features": n,
+        "bits": spec.bits, "group_size": spec.group_size,
     }  # fmt: skip
 
 
@@ -63,37 +61,27 @@ def line_by_line(x: torch.Tensor, given: dict[str, Any], more: dict[str, Any], p
 
 
 def whole_product(x: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
-    joined = [torch.cat(given[name]) for name in ("weights", "scales", "biases")]
-    return ops.apply(
-        x,
-        joined[0],
-        joined[1],
-        given["table"],
-        joined[2],
-        sum(given["out_features"]),
-        given["bits"],
-        given["group_size"],
-    )
+    return ops.apply(x, **given)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", AROUND)
 def test_line_by_line_on_a_cpu(kind: str, dtype: torch.dtype) -> None:
-    given = operands(QuantSpec(), [32, 32], 96, dtype, "cpu", whole=False)
+    given = operands(QuantSpec(), 64, 96, dtype, "cpu", whole=False)
     x = torch.randn(2, 3, 96).to(dtype)
     more = around(kind, x, 64)
     assert torch.equal(fused.lut_fused(x, **given, **more), line_by_line(x, given, more))
 
 
-def test_layers_that_are_no_neighbours() -> None:
-    given = operands(QuantSpec(), [32, 32], 96, torch.float32, "cpu", whole=False)
+def test_codes_that_lie_apart() -> None:
+    given = operands(QuantSpec(), 64, 96, torch.float32, "cpu", whole=False)
     x, more = torch.randn(1, 96), around("norm gated residual", torch.zeros(1, 96), 64)
-    apart = given | {"weights": [one.clone() for one in given["weights"]]}
+    apart = given | {"weight": given["weight"].repeat(1, 2)[:, : given["weight"].shape[1]]}
     assert torch.equal(fused.lut_fused(x, **apart, **more), line_by_line(x, given, more))
 
 
 def test_the_operator_is_what_torch_expects() -> None:
-    given = operands(QuantSpec(), [32, 32], 96, torch.float32, "cpu", whole=False)
+    given = operands(QuantSpec(), 64, 96, torch.float32, "cpu", whole=False)
     x = torch.randn(2, 96)
     more = {"gain": None, "eps": 0.0, "residual": None} | around("norm gated residual", x, 64)
     order = ("gain", "eps", "gated", "residual")
@@ -126,29 +114,29 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_one_launch_gives_the_same_bits_of_whole_numbers(
     kind: str, spec: QuantSpec, dtype: torch.dtype, launched: list[str]
 ) -> None:
-    for rows, k in (([64, 32], 256), ([4096, 2048, 2048], 512), ([3584, 3584], 1024), ([1024], 4096)):
-        given = operands(spec, rows, k, dtype, "cuda", whole=True)
+    for n, k in ((96, 256), (8192, 512), (7168, 1024), (1024, 4096)):
+        given = operands(spec, n, k, dtype, "cuda", whole=True)
         for shape in ((1,), (1, 1), (2,), (3, 1), (4,)):
             x = torch.randint(-2, 3, (*shape, k), device="cuda").to(dtype)
-            more = around(kind, x, sum(rows))
+            more = around(kind, x, n)
             launched.clear()
             y = fused.lut_fused(x, **given, **more)
-            assert len(launched) == 1 and y.shape == (*shape, sum(rows) // (2 if more["gated"] else 1))
+            assert len(launched) == 1 and y.shape == (*shape, n // (2 if more["gated"] else 1))
             if "norm" in kind:  # products of normed numbers are not exact: the next test's
                 close(y, x, given, more)
             else:
-                assert torch.equal(y, line_by_line(x, given, more)), (rows, k, shape)
+                assert torch.equal(y, line_by_line(x, given, more)), (n, k, shape)
 
 
 def close(y: torch.Tensor, x: torch.Tensor, given: dict[str, Any], more: dict[str, Any]) -> None:
     """Within a few roundings of the product's own error of the same in float64 behind the norm."""
     weight = torch.ops.flute.dequantize(
-        torch.cat(given["weights"]), torch.cat(given["scales"]), given["table"], sum(given["out_features"]),
-        x.shape[-1], given["bits"], given["group_size"],
+        given["weight"], given["scales"], given["table"], given["out_features"], x.shape[-1], given["bits"],
+        given["group_size"],
     )  # fmt: skip
 
     def product(normed: torch.Tensor, _: Any) -> torch.Tensor:
-        return (normed.double() @ weight.double().T + torch.cat(given["biases"]).double()).to(x.dtype)
+        return (normed.double() @ weight.double().T + given["bias"].double()).to(x.dtype)
 
     truth = line_by_line(x, given, more, product)
     error = float((y.double() - truth.double()).norm() / truth.double().norm().clamp_min(1e-30))
@@ -160,11 +148,11 @@ def close(y: torch.Tensor, x: torch.Tensor, given: dict[str, Any], more: dict[st
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 @pytest.mark.parametrize("kind", AROUND)
 def test_real_numbers(kind: str, spec: QuantSpec, dtype: torch.dtype, launched: list[str]) -> None:
-    for rows, k in (([96, 64], 384), ([4096, 1024, 1024], 4096), ([14336, 14336], 4096), ([4096], 14336)):
-        given = operands(spec, rows, k, dtype, "cuda", whole=False)
+    for n, k in ((160, 384), (6144, 4096), (28672, 4096), (4096, 14336)):
+        given = operands(spec, n, k, dtype, "cuda", whole=False)
         for m in (1, 2, 4):
             x = torch.randn(m, k, device="cuda").to(dtype)
-            more = around(kind, x, sum(rows))
+            more = around(kind, x, n)
             y = fused.lut_fused(x, **given, **more)
             close(y, x, given, more)
             assert torch.equal(y, fused.lut_fused(x, **given, **more))
@@ -175,8 +163,8 @@ def test_real_numbers(kind: str, spec: QuantSpec, dtype: torch.dtype, launched: 
 @pytest.mark.gpu
 def test_every_plan(launched: list[str]) -> None:
     """Every legal plan of a problem, with all that goes around, on whole numbers where that is exact."""
-    spec, rows, k = QuantSpec(), [512, 512], 1024
-    given = operands(spec, rows, k, torch.float16, "cuda", whole=True)
+    k = 1024
+    given = operands(QuantSpec(), 1024, k, torch.float16, "cuda", whole=True)
     x = torch.randint(-2, 3, (3, k), device="cuda").half()
     problem = (0, 3, 1024, k, 4, 64, False)
     wanted = {kind: around(kind, x, 1024) for kind in ("gated residual", "residual", "norm gated")}
@@ -188,8 +176,8 @@ def test_every_plan(launched: list[str]) -> None:
                 continue
             macros = (("NORM", int("norm" in kind)), ("GATED", int("gated" in kind)))
             launch = cuda._prepare_decode(problem, chosen, macros)
-            y = fused_cuda.run(launch, x, *(torch.cat(given[name]) for name in ("weights", "scales")), given["table"],
-                               torch.cat(given["biases"]), more.get("gain"), more.get("eps", 0.0), more["gated"],
+            held = (given[name] for name in ("weight", "scales", "table", "bias"))
+            y = fused_cuda.run(launch, x, *held, more.get("gain"), more.get("eps", 0.0), more["gated"],
                                more.get("residual"))  # fmt: skip
             if "norm" in kind:
                 close(y, x, given, more)
@@ -201,17 +189,17 @@ def test_every_plan(launched: list[str]) -> None:
 
 @pytest.mark.gpu
 def test_more_tokens_and_odd_sizes_line_by_line(launched: list[str]) -> None:
-    for rows, k, m in (([64, 64], 256, fused.MOST_TOKENS + 1), ([48, 32], 250, 1), ([40, 40], 256, 2)):
-        given = operands(QuantSpec(4, 32), [sum(rows)], k, torch.float16, "cuda", whole=False)
+    for n, k, m in ((128, 256, fused.MOST_TOKENS + 1), (80, 250, 1), (80, 256, 2)):
+        given = operands(QuantSpec(4, 32), n, k, torch.float16, "cuda", whole=False)
         x = torch.randn(m, k, device="cuda").half()
-        more = around("norm gated residual", x, sum(rows))
+        more = around("norm gated residual", x, n)
         assert torch.equal(fused.lut_fused(x, **given, **more), line_by_line(x, given, more))
 
 
 @pytest.mark.gpu
 def test_behind_a_kernel_that_writes_x_and_in_a_graph(launched: list[str]) -> None:
     """The launch may begin before the one that makes x, gain's reader before x is there: x is waited for."""
-    given = operands(QuantSpec(), [1024, 1024], 1024, torch.bfloat16, "cuda", whole=False)
+    given = operands(QuantSpec(), 2048, 1024, torch.bfloat16, "cuda", whole=False)
     x = torch.randn(2, 1024, device="cuda").bfloat16()
     gain = torch.rand(1024, device="cuda").bfloat16()
 
@@ -231,7 +219,7 @@ def test_behind_a_kernel_that_writes_x_and_in_a_graph(launched: list[str]) -> No
 
 @pytest.mark.gpu
 def test_refusals(launched: list[str]) -> None:
-    given = operands(QuantSpec(), [64], 256, torch.float16, "cuda", whole=False)
+    given = operands(QuantSpec(), 64, 256, torch.float16, "cuda", whole=False)
     x = torch.randn(1, 256, device="cuda").half()
     with pytest.raises(OperatorError, match=r"gain .* needs"):
         fused.lut_fused(x, **given, gain=torch.ones(255, device="cuda").half())

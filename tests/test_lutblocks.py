@@ -47,7 +47,7 @@ def products(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     real, found = lutblocks.lut_fused, []
 
     def counted(x: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
-        found.append(sum(rest[4]))
+        found.append(rest[4])
         return real(x, *rest, **named)
 
     monkeypatch.setattr(lutblocks, "lut_fused", counted)
@@ -70,14 +70,17 @@ def decoded(model: Any, batch: int, tokens: int, cache: str = "dynamic", **keywo
     return torch.cat(logits, 1)
 
 
+def both(one: Any, other: Any, ids: torch.Tensor, caches: list[Any]) -> Iterator[torch.Tensor]:
+    """Logits of two models, each with its own cache."""
+    return (model(ids, past_key_values=cache).logits for model, cache in zip((one, other), caches, strict=True))
+
+
 # ---- the same bits ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
-    ("dtype", "attention"),
-    [(torch.float32, "sdpa"), (torch.bfloat16, "sdpa"), (torch.bfloat16, "eager")],
-    ids=str,
+    ("dtype", "attention"), [(torch.float32, "sdpa"), (torch.bfloat16, "sdpa"), (torch.bfloat16, "eager")], ids=str
 )
 @torch.no_grad()
 def test_the_same_bits(family: str, dtype: torch.dtype, attention: str, products: list[int]) -> None:
@@ -112,11 +115,11 @@ def test_other_specs_and_modes(products: list[int]) -> None:
 def test_a_table_or_codes_that_change(products: list[int]) -> None:
     plain = quantized()
     model = fused(plain)
-    for both in (plain, model):
-        both.model.layers[0].self_attn.k_proj.weight.add_(1)
+    for each in (plain, model):
+        each.model.layers[0].self_attn.k_proj.weight.add_(1)
     assert torch.equal(decoded(model, 1, 1), decoded(plain, 1, 1)) and len(products) == 2 * PRODUCTS
-    for both in (plain, model):
-        both.model.layers[0].self_attn.k_proj.table.mul_(2)
+    for each in (plain, model):
+        each.model.layers[0].self_attn.k_proj.table.mul_(2)
     assert torch.equal(decoded(model, 1, 1), decoded(plain, 1, 1))
     assert len(products) == 3 * PRODUCTS, "the block whose keys have a table of their own is as it was"
 
@@ -190,11 +193,6 @@ def test_hidden_states_and_attentions(family: str, products: list[int]) -> None:
 
 
 # ---- where it is no such step ----------------------------------------------------------------------------------------
-
-
-def _all_layers(model: Any, change: Callable[[Any], Any]) -> None:
-    for block in model.model.layers:
-        change(block)
 
 
 def _wrapped(block: Any) -> None:
@@ -273,8 +271,8 @@ def test_blocks_with_more_in_them(change: Callable[[Any], Any], products: list[i
     model = fused(plain)
     before = decoded(model, 1, 1)
     products.clear()
-    for each in (model, plain):
-        _all_layers(each, change)
+    for block in (*model.model.layers, *plain.model.layers):
+        change(block)
     after = decoded(model, 1, 1)
     assert torch.equal(after, decoded(plain, 1, 1)) and not products
     assert change is _alone or change is _wide_norm or not torch.equal(before, after), "or this test shows nothing"
@@ -338,8 +336,7 @@ def test_compiled() -> None:
     compiled, caches = torch.compile(model, fullgraph=True, backend=counting), [CACHES["static"](plain) for _ in "ab"]
     for tokens in (8, 1):
         ids = torch.arange(3, 3 + tokens)[None]
-        both = zip((compiled, plain), caches, strict=True)
-        found, wanted = (each(ids, past_key_values=cache).logits for each, cache in both)
+        found, wanted = both(compiled, plain, ids, caches)
         assert torch.equal(found, wanted) and calls[-1] == 0
 
 
@@ -382,9 +379,7 @@ def test_cuda(family: str, products: list[int]) -> None:
     for tokens in range(1, MOST_TOKENS + 1):
         ids, caches = torch.arange(3, 3 + tokens, device="cuda")[None], [CACHES["static"](plain) for _ in "ab"]
         products.clear()
-        found, wanted = (
-            each(ids, past_key_values=cache).logits for each, cache in zip((model, plain), caches, strict=True)
-        )
+        found, wanted = both(model, plain, ids, caches)
         assert len(products) == (PRODUCTS if clusters else 0)
         assert float((found - wanted).abs().max()) < 0.02 * float(wanted.abs().max())
 
@@ -399,6 +394,5 @@ def test_cuda_compiled() -> None:
     compiled, caches = torch.compile(model, fullgraph=True), [CACHES["static"](plain) for _ in "ab"]
     ids = torch.arange(3, 5, device="cuda")[:, None]
     for step in range(3):
-        both = zip((compiled, plain), caches, strict=True)
-        found, wanted = (each(ids + step, past_key_values=cache).logits for each, cache in both)
+        found, wanted = both(compiled, plain, ids + step, caches)
         assert float((found - wanted).abs().max()) < 0.02 * float(wanted.abs().max())

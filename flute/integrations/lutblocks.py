@@ -88,8 +88,7 @@ def _forward(
     **kwargs: Any,
 ) -> torch.Tensor:
     kind: Any = next(each for each in type(block).__mro__ if each in _KINDS)  # whatever others have put on top of it
-    held = None if position_embeddings is None else _fitting(block, _KINDS[kind], hidden_states)
-    if held is None or position_embeddings is None:
+    if position_embeddings is None or (held := _fitting(block, _KINDS[kind], hidden_states)) is None:
         made: torch.Tensor = kind.forward(
             block, hidden_states, attention_mask=attention_mask, position_ids=position_ids,
             past_key_values=past_key_values, use_cache=use_cache, position_embeddings=position_embeddings, **kwargs,
@@ -124,7 +123,7 @@ def _product(
     assert weight is not None and scales is not None
     rows = layer.rows if held is layer._parameters else sum(layer.together.sizes)
     return lut_fused(
-        x, [weight], [scales], table, [] if bias is None else [bias], [rows], spec.bits, spec.group_size,
+        x, weight, scales, table, bias, rows, spec.bits, spec.group_size,
         gain=None if norm is None else norm.weight, eps=0.0 if norm is None else norm.variance_epsilon,
         gated=gated, residual=residual,
     )  # fmt: skip

@@ -209,7 +209,7 @@ _launches: dict[
     tuple[Any, ...], _Prepared
 ] = {}  # by `_signature`: what was checked and prepared once is only looked up
 _MOST_LAUNCHES = 16384
-_NOTHING_AROUND = (0, 0, c_float(0.0))  # the decode kernel's residual, weight and eps of a norm: `fused` has them
+_NOTHING_AROUND = (0, 0, c_float(0.0))  # residual, weight and eps of a norm: `fused_cuda` gives its own
 
 
 def _signature(
@@ -319,7 +319,7 @@ def _prepare_decode(problem: _Problem, chosen: plan.Plan, fused: tuple[tuple[str
     sizes = (m, n, k, -(-k // group), _group_magic(group, k), *chosen.logs, chosen.pitch, chosen.tokens)
     kernel = _kernel(device, "decode.cu", macros, "lut_decode")
     config = _config(blocks, 32 * chosen.warps, chosen.shared_bytes, cluster, clusters)
-    launch = _Prepared(problem, chosen, kernel, config, (*sizes, *_NOTHING_AROUND))
+    launch = _Prepared(problem, chosen, kernel, config, sizes if fused else (*sizes, *_NOTHING_AROUND))
     return launch if chosen.split == 1 or clusters else _with_workspace(launch, macros)
 
 

@@ -1,7 +1,7 @@
-"""The operator ``flute::lut_fused``: a product, and what a decoder block does in front of it and behind.
+"""The operator ``flute::lut_fused``: `lut_linear`, and what a decoder block does in front of it and behind.
 
     x' = x / sqrt(mean(x^2) + eps) * gain           an RMSNorm, where ``gain`` is given
-    y  = x' . [W1; W2; ...]^T + [bias1; ...]        as `joined` has it
+    y  = x' . W^T + bias
     y  = silu(first half of y) * second half        where ``gated``
     y  = residual + y                               where ``residual`` is given
 
@@ -13,73 +13,35 @@ the same meaning. No gradients.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from . import direct, fused_cuda, joined
+from . import direct, fused_cuda, ops
 from .fused_cuda import MOST_TOKENS as MOST_TOKENS  # of one launch
+from .tokens import gate, rms_norm
 
 _library = torch.library.Library("flute", "FRAGMENT")
 _library.define(
-    "lut_fused(Tensor x, Tensor[] weights, Tensor[] scales, Tensor table, Tensor[] biases, int[] out_features, "
-    "int bits, int group_size, Tensor? gain, float eps, bool gated, Tensor? residual) -> Tensor"
+    "lut_fused(Tensor x, Tensor weight, Tensor scales, Tensor table, Tensor? bias, int out_features, int bits, "
+    "int group_size, Tensor? gain, float eps, bool gated, Tensor? residual) -> Tensor"
 )
 
 
-def rms_norm(x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
-    """x (..., K) normed in float32, rounded, times ``gain`` (K,), rounded: what transformers' RMSNorm modules do."""
-    wide = x.float()
-    return gain * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
-
-
-def _lut_fused(
-    x: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    scales: Sequence[torch.Tensor],
-    table: torch.Tensor,
-    biases: Sequence[torch.Tensor],
-    out_features: Sequence[int],
-    bits: int,
-    group_size: int,
-    gain: torch.Tensor | None,
-    eps: float,
-    gated: bool,
-    residual: torch.Tensor | None,
-) -> torch.Tensor:
-    codes, scaled = joined.neighbours(weights), joined.neighbours(scales)
-    bias = joined.neighbours(biases) if biases else None
-    if codes is not None and scaled is not None and (bias is not None or not biases) and x.is_cuda:
-        y = fused_cuda.lut_fused(
-            x, codes, scaled, table, bias, sum(out_features), bits, group_size, gain, eps, gated, residual
-        )
-        if y is not None:
-            return y
-    if gain is not None:
-        x = rms_norm(x, gain, eps)
-    y = joined.lut_linears(x, weights, scales, table, biases, out_features, bits, group_size)
-    if gated:
-        first, second = y.chunk(2, -1)
-        y = F.silu(first) * second
+def _lut_fused(x: torch.Tensor, *given: Any) -> torch.Tensor:
+    """``given``: the operator's other arguments, in their order."""
+    linear, (gain, eps, gated, residual) = given[:7], given[7:]
+    y = fused_cuda.lut_fused(x, linear, gain, eps, gated, residual) if x.is_cuda else None
+    if y is not None:
+        return y
+    y = ops.backend(x)(x if gain is None else rms_norm(x, gain, eps), *linear)
+    y = gate(y) if gated else y
     return y if residual is None else residual + y
 
 
-def _fake(
-    x: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    scales: Sequence[torch.Tensor],
-    table: torch.Tensor,
-    biases: Sequence[torch.Tensor],
-    out_features: Sequence[int],
-    bits: int,
-    group_size: int,
-    gain: torch.Tensor | None,
-    eps: float,
-    gated: bool,
-    residual: torch.Tensor | None,
-) -> torch.Tensor:
-    return x.new_empty(*x.shape[:-1], sum(out_features) // (2 if gated else 1))
+def _fake(x: torch.Tensor, *given: Any) -> torch.Tensor:
+    out_features, gated = given[4], given[9]
+    return x.new_empty(*x.shape[:-1], out_features // (2 if gated else 1))
 
 
 _library.impl("lut_fused", _lut_fused, "CPU")
@@ -89,11 +51,11 @@ torch.library.register_fake("flute::lut_fused", _fake, lib=_library)
 
 def lut_fused(
     x: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    scales: Sequence[torch.Tensor],
+    weight: torch.Tensor,
+    scales: torch.Tensor,
     table: torch.Tensor,
-    biases: Sequence[torch.Tensor],
-    out_features: Sequence[int],
+    bias: torch.Tensor | None,
+    out_features: int,
     bits: int,
     group_size: int,
     *,
@@ -102,18 +64,19 @@ def lut_fused(
     gated: bool = False,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y (..., N) of x (..., K), see above; N is the sum of ``out_features``, half of it if ``gated``.
+    """y (..., N) of x (..., K), see above; N is ``out_features``, half of it if ``gated``.
 
     Args:
-        x: float16 or bfloat16 (float32 too on the CPU). weights, scales, table, biases: as of `joined`, in x's dtype.
-        out_features: rows of each weight.
-        bits, group_size: of all.
-        gain, eps: weight (K,) and eps of the norm in front, or None.
+        x, weight, scales, table, bias, out_features, bits, group_size: as of `ops.lut_linear`.
+        gain, eps: weight (K,) in x's dtype and eps of the norm in front, or None.
         gated: two halves of y are the gate and what it opens.
-        residual: (..., N) contiguous, or None.
+        residual: (..., N) in x's dtype, or None.
 
     Raises:
-        OperatorError: shapes, dtypes or devices of x and weights do not fit.
+        OperatorError: shapes, dtypes or devices do not fit.
     """
-    call = _lut_fused if direct.possible(x, gain, residual, *biases) else torch.ops.flute.lut_fused
-    return call(x, weights, scales, table, biases, out_features, bits, group_size, gain, eps, gated, residual)
+    call = _lut_fused if direct.possible(x, bias, gain, residual) else torch.ops.flute.lut_fused
+    y: torch.Tensor = call(
+        x, weight, scales, table, bias, out_features, bits, group_size, gain, eps, gated, residual
+    )  # fmt: skip
+    return y

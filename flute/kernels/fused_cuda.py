@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ctypes import c_float
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -13,6 +13,8 @@ from ..spec import whole_group
 from . import cuda, layout, ops, plan
 
 MOST_TOKENS = 4  # every block norms all tokens by itself
+# what `ops.lut_linear` has behind x: weight, scales, table, bias, out_features, bits, group_size
+Linear: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, int, int, int]
 
 
 @lru_cache(maxsize=4096)
@@ -41,22 +43,12 @@ _checked: dict[tuple[Any, ...], cuda._Prepared | None] = {}  # what was checked 
 
 
 def _launch(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scales: torch.Tensor,
-    table: torch.Tensor,
-    bias: torch.Tensor | None,
-    n: int,
-    bits: int,
-    group_size: int,
-    gain: torch.Tensor | None,
-    gated: bool,
-    residual: torch.Tensor | None,
+    x: torch.Tensor, linear: Linear, gain: torch.Tensor | None, gated: bool, residual: torch.Tensor | None
 ) -> cuda._Prepared | None:
     more = tuple(None if one is None else (one.shape, one.dtype, one.get_device()) for one in (gain, residual))
-    key = (cuda._signature(x, weight, scales, table, bias, n, bits, group_size), gated, more)
+    key = (cuda._signature(x, *linear), gated, more)
     if key not in _checked:
-        k = ops.check(x, weight, scales, table, bias, n, bits, group_size)
+        k, (weight, *_, n, bits, group_size) = ops.check(x, *linear), linear
         wanted = {"gain": (gain, (k,)), "residual": (residual, (*x.shape[:-1], n // 2 if gated else n))}
         for name, (one, shape) in wanted.items():
             if one is not None and (tuple(one.shape), one.dtype, one.device) != (shape, x.dtype, x.device):
@@ -73,25 +65,19 @@ def _launch(
 
 def lut_fused(
     x: torch.Tensor,
-    weight: torch.Tensor,
-    scales: torch.Tensor,
-    table: torch.Tensor,
-    bias: torch.Tensor | None,
-    out_features: int,
-    bits: int,
-    group_size: int,
+    linear: Linear,
     gain: torch.Tensor | None,
     eps: float,
     gated: bool,
     residual: torch.Tensor | None,
 ) -> torch.Tensor | None:
-    """`fused.lut_fused` of one weight in one launch; None where it takes more than one.
+    """`fused.lut_fused` in one launch; None where it takes more than one.
 
     Raises:
         OperatorError: shapes, dtypes or devices do not fit.
     """
-    launch = _launch(x, weight, scales, table, bias, out_features, bits, group_size, gain, gated, residual)
-    return None if launch is None else run(launch, x, weight, scales, table, bias, gain, eps, gated, residual)
+    launch = _launch(x, linear, gain, gated, residual)
+    return None if launch is None else run(launch, x, *linear[:4], gain, eps, gated, residual)
 
 
 def run(
@@ -116,6 +102,6 @@ def run(
     operands = (weight.data_ptr(), scales.data_ptr(), table.data_ptr(), int(table.dim() == 2), x.data_ptr())
     cuda._launch(
         launch.problem[0], launch.config, launch.kernel, *operands, cuda._pointer(bias), y.data_ptr(), 0,
-        *launch.sizes[:-3], cuda._pointer(residual), cuda._pointer(gain), c_float(eps),
+        *launch.sizes, cuda._pointer(residual), cuda._pointer(gain), c_float(eps),
     )  # fmt: skip
     return y

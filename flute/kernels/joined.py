@@ -33,8 +33,6 @@ _library.define(
 def neighbours(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
     """One tensor over all of ``tensors``, which lie one after the other along dimension 0; None if they do not."""
     first, rows = tensors[0], 0
-    if len(tensors) == 1:
-        return first
     home, place, rest = first.untyped_storage().data_ptr(), first.data_ptr(), first.shape[1:]
     for tensor in tensors:
         if not tensor.is_contiguous() or tensor.shape[1:] != rest or tensor.dtype != first.dtype:
@@ -46,7 +44,7 @@ def neighbours(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
     return first.as_strided((rows, *rest), first.stride())
 
 
-def lut_linears(
+def _lut_linears(
     x: torch.Tensor,
     weights: Sequence[torch.Tensor],
     scales: Sequence[torch.Tensor],
@@ -56,7 +54,6 @@ def lut_linears(
     bits: int,
     group_size: int,
 ) -> torch.Tensor:
-    """The operator's kernel."""
     codes, scaled = neighbours(weights), neighbours(scales)
     bias = neighbours(biases) if biases else None
     if codes is not None and scaled is not None and (bias is not None or not biases):
@@ -110,8 +107,8 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
 
 _traced: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
 
-_library.impl("lut_linears", lut_linears, "CPU")
-_library.impl("lut_linears", lut_linears, "CUDA")
+_library.impl("lut_linears", _lut_linears, "CPU")
+_library.impl("lut_linears", _lut_linears, "CUDA")
 torch.library.register_fake("flute::lut_linears", _fake, lib=_library)
 torch.library.register_torch_dispatch("flute::lut_linears", ProxyTorchDispatchMode, _once, lib=_library)
 torch.library.register_autograd("flute::lut_linears", _backward, setup_context=_setup_context, lib=_library)

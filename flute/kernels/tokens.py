@@ -47,6 +47,13 @@ def gate(x: torch.Tensor) -> torch.Tensor:
     return F.silu(first) * second
 
 
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x (..., n) over its root mean square, rounded, times weight (n,), rounded: as transformers' modules do it."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight.to(x.dtype) * (wide * scale).to(x.dtype)
+
+
 def transform(
     x: torch.Tensor,
     left: torch.Tensor | None,
@@ -58,9 +65,7 @@ def transform(
     dtype, n = x.dtype, x.shape[-1]
     wide = torch.promote_types(dtype, torch.float32)
     if norm_weight is not None:
-        wider = x.to(wide)
-        scale = torch.rsqrt(wider.square().mean(-1, keepdim=True) + eps)
-        x = norm_weight.to(dtype) * (wider * scale).to(dtype)
+        x = rms_norm(x, norm_weight, eps)
     n1, n2 = _factors(n, left, right)
     z = x.reshape(-1, n1, n2).to(wide)
     if right is not None:
