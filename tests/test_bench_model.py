@@ -15,8 +15,8 @@ from benchmarks import benchmark_model
 from flute.bench import caches, decoder, model, results, shapes
 from flute.bench.model import ModelRow, Plan
 from flute.flatquant.modules import IntLinear
+from flute.integrations.attention import ATTENTION
 from flute.integrations.flatblocks import int4_cache
-from flute.integrations.kv_cache import ATTENTION
 from flute.linear import LutLinear
 from flute.quantize import quantize
 from flute.spec import QuantSpec

@@ -176,7 +176,7 @@ def test_all_layers_are_one_graph(method: str) -> None:
 def test_a_step_on_the_int4_cache_has_no_break() -> None:
     """What users compile: the model itself, `Int4Cache` as it is."""
     model, ids = random_model(), torch.randint(0, 50, (2, 6))
-    model.set_attn_implementation("flute_int4")
+    model.set_attn_implementation("flute")
     caches = [int4_cache(model, 32) for _ in range(2)]
     for cache in caches:
         model(ids, past_key_values=cache)

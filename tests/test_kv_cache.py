@@ -9,7 +9,8 @@ from gpus import GPUS
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from flute.errors import IntegrationError, OperatorError
-from flute.integrations.kv_cache import ATTENTION, Int4Cache
+from flute.integrations.attention import ATTENTION
+from flute.integrations.kv_cache import Int4Cache
 from flute.kernels import attention_cuda
 from flute.kernels.attention import Store, kv_append, kv_attention, quantize_heads
 from flute.kernels.integer import unpack_nibbles

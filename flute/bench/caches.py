@@ -39,7 +39,7 @@ class CodesSlot:
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any) -> tuple[Any, Any]:
         """As caches of transformers."""
-        from ..integrations.kv_cache import Held
+        from ..integrations.attention import Held
         from ..kernels.attention import kv_append
 
         kv_append(keys, values, *self.stores, self.lengths)

@@ -77,16 +77,19 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, options={"triton.enable_pdl": True} if hasattr(config.triton, "enable_pdl") else {})
 
 
-def share_layer_step(model: Any, *, compiled: bool) -> None:
-    """Send decode steps of all layers of ``model`` through one function, compiled by torch or not."""
+def share_layer_step(model: Any, *, compiled: bool, attention: bool = False) -> None:
+    """Send decode steps of all layers of ``model`` through one function, compiled by torch or not.
+
+    ``attention``: with this library's attention of few queries; else with torch's, but over int4 keys and values.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    from ..integrations.kv_cache import ATTENTION
+    from ..integrations.attention import ATTENTION
 
     AttentionInterface.register("shared_keys", _attention)
     AttentionMaskInterface.register("shared_keys", sdpa_mask)
-    model.set_attn_implementation(ATTENTION if holds_codes(model) else "shared_keys")
+    model.set_attn_implementation(ATTENTION if attention or holds_codes(model) else "shared_keys")
     step = _compiled(_layer_step) if compiled else _layer_step
     decoder = model.get_decoder()
     for index, layer in enumerate(decoder.layers):

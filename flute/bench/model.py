@@ -40,6 +40,9 @@ from .timing import captured
 
 DENSE, BITSANDBYTES = "dense", "bitsandbytes"
 HEAD = "+head"  # behind a table: the output head is quantized too
+ATTENTION = (
+    "+attention"  # behind a method: decode steps through `flute.kernels.decode_attention`, not torch's attention
+)
 _PREFILL_REPLAYS = 3
 
 
@@ -78,8 +81,9 @@ class Plan:
     Attributes:
         config: a name of `shapes.MODELS`, the word tiny, or a folder or file with a config.json.
         methods: "dense", "bitsandbytes" (NF4), a named table such as "nf4", or "nf4+head" to quantize the output head
-            too; "flatquant" (W4A4KV4) or "flatquant-" with another preset, such as "flatquant-w4a8kv4". Those behind
-            "dense" are compared with it.
+            too; "flatquant" (W4A4KV4) or "flatquant-" with another preset, such as "flatquant-w4a8kv4"; any of them
+            with "+attention" behind it to decode with this library's attention. Those behind "dense" are compared
+            with it.
         batches, prompts: every pair is measured.
         steps: decode steps that are timed together.
         prefill_tokens: most tokens of a prefill (batch x prompt); larger ones are left out.
@@ -129,6 +133,7 @@ def check_method(name: str) -> str:
     Raises:
         FluteError: no such method.
     """
+    name = name.removesuffix(ATTENTION)
     if name == BITSANDBYTES:
         absent = importlib.util.find_spec(BITSANDBYTES) is None
         return f"not installed; pip install {BITSANDBYTES}" if absent else ""
@@ -137,7 +142,7 @@ def check_method(name: str) -> str:
     elif name != DENSE and name.removesuffix(HEAD) not in NAMED_TABLES:
         raise FluteError(
             f"--methods {name!r}: use {DENSE}, {BITSANDBYTES}, or a table ({', '.join(NAMED_TABLES)}), with {HEAD} "
-            f"behind it to quantize the output head too, or {FLATQUANT}"
+            f"behind it to quantize the output head too, or {FLATQUANT}; {ATTENTION} last for flute's attention"
         )
     return ""
 
@@ -146,7 +151,7 @@ def build(plan: Plan, method: str) -> Any:
     """The model of ``plan`` with random weights, on its device, ready for inference."""
     from transformers import AutoModelForCausalLM
 
-    config = load_config(plan.config)
+    config, method = load_config(plan.config), method.removesuffix(ATTENTION)
     torch.manual_seed(0)
     if method.startswith(FLATQUANT):
         return flat_model(config, flat_spec(method), plan.dtype, plan.device)
@@ -262,10 +267,11 @@ def _absent(plan: Plan, method: str, reason: str) -> ModelRow:
 
 def _measure_method(plan: Plan, method: str, before: Sequence[ModelRow]) -> list[ModelRow]:
     model = build(plan, method)
-    share_layer_step(model, compiled=plan.compiled)
+    share_layer_step(model, compiled=plan.compiled, attention=method.endswith(ATTENTION))
     torch._dynamo.reset()  # a method's shapes are compiled anew, not as exceptions to those of the last one
-    whole = method == DENSE or method.startswith(FLATQUANT)  # a scale a row, where there are any
-    group = 0 if whole else 64 if method == BITSANDBYTES else plan.group_size
+    base = method.removesuffix(ATTENTION)
+    whole = base == DENSE or base.startswith(FLATQUANT)  # a scale a row, where there are any
+    group = 0 if whole else 64 if base == BITSANDBYTES else plan.group_size
     dense = {(row.batch, row.prompt): row for row in before if row.method == DENSE}
     rows = []
     for batch in plan.batches:

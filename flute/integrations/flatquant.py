@@ -72,8 +72,11 @@ class FlatQuantHfQuantizer(HfQuantizer):
         return True
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse what cannot work before anything is built."""
+        """Refuse what cannot work before anything is built; from now on a model may ask for flute's attention."""
         check_transformers()
+        from .attention import register  # late: it needs more of transformers than may be there yet
+
+        register()
         if not self.pre_quantized:
             raise IntegrationError("FlatQuant has to be calibrated: run flute flatquant MODEL -o OUT and load OUT")
         self.quantization_config.spec.check_storable()

@@ -152,8 +152,11 @@ class FluteHfQuantizer(HfQuantizer):
         return True
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse what cannot work before anything is built."""
+        """Refuse what cannot work before anything is built; from now on a model may ask for flute's attention."""
         check_transformers()
+        from .attention import register  # late: it needs more of transformers than may be there yet
+
+        register()
         device_map = kwargs.get("device_map")
         if not self.pre_quantized and isinstance(device_map, dict) and "disk" in device_map.values():
             raise IntegrationError(

@@ -2,7 +2,7 @@
 
 Drop-in: ``model(..., past_key_values=Int4Cache(model.config, 4096))`` or ``model.generate(..., past_key_values=...)``.
 Every attention then gets keys and values back as they were quantized, the tokens of a prompt too, so that a perplexity
-measured with it really is that of the quantized cache. After ``model.set_attn_implementation("flute_int4")`` a step of
+measured with it really is that of the quantized cache. After ``model.set_attn_implementation("flute")`` a step of
 few tokens reads the codes themselves (``flute::kv_attention``), and nothing is written out in 16 bits. Lengths are
 counted on the device: a step may be captured in a CUDA graph and replayed.
 """
@@ -10,28 +10,17 @@ counted on the device: a step may be captured in a CUDA graph and replayed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
-from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, StaticLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from ..errors import IntegrationError
-from ..kernels.attention import Store, kv_append, kv_attention
+from ..kernels.attention import Store, kv_append
+from .attention import ATTENTION, Held
 
-ATTENTION = "flute_int4"  # the name to give to set_attn_implementation
-_FEW_TOKENS = 8  # up to here a step reads codes; beyond, writing them out once and SDPA is faster
 Clips = tuple["torch.Tensor | None", "torch.Tensor | None"]
-
-
-class Held(NamedTuple):
-    """All keys, or values, of a layer as their codes; what a cache hands to the attention that reads them."""
-
-    store: Store
-    lengths: torch.Tensor
 
 
 class Int4Layer(StaticLayer):
@@ -140,49 +129,3 @@ class Int4Cache(Cache):
     def nbytes(self) -> int:
         """Bytes of all layers."""
         return sum(layer.nbytes for layer in self._own)
-
-
-def attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor | Held,
-    value: torch.Tensor | Held,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention of transformers' interface that takes codes from an `Int4Cache`, and anything else as SDPA does.
-
-    The mask of a step of few tokens may hide tokens on the left only (padded prompts), besides the causal ones.
-    """
-    if not isinstance(key, Held) or not isinstance(value, Held):
-        assert isinstance(key, torch.Tensor) and isinstance(value, torch.Tensor)
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    reaches_back = sliding_window is None or sliding_window >= key.store.codes.shape[2]
-    if query.shape[2] <= _FEW_TOKENS and reaches_back and kwargs.get("softcap") is None:
-        starts = None if attention_mask is None else _starts(attention_mask, query.shape[0])
-        mixed = kv_attention(query, key.store, value.store, key.lengths, scaling, starts)
-        return mixed.transpose(1, 2), None
-    keys, values = key.store.dequantize(query.dtype), value.store.dequantize(query.dtype)
-    return sdpa_attention_forward(module, query, keys, values, attention_mask, scaling=scaling, **kwargs)
-
-
-def _starts(mask: torch.Tensor, batch: int) -> torch.Tensor:
-    """int32 (B,): the first token that the last query may see. Found once a step: all layers get the same mask.
-
-    (Compilers make equal expressions one, and trace no attribute.)
-    """
-    found = None if torch.compiler.is_compiling() else getattr(mask, "flute_starts", None)
-    if found is None:
-        last = mask[:, 0, -1]
-        visible = last if last.dtype == torch.bool else last == 0
-        found = visible.int().argmax(-1).to(torch.int32).expand(batch).contiguous()
-        if not torch.compiler.is_compiling():
-            cast(Any, mask).flute_starts = found
-    return found
-
-
-AttentionInterface.register(ATTENTION, attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)

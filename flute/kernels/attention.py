@@ -12,6 +12,7 @@ import torch
 
 from ..errors import OperatorError
 from . import attention_cuda
+from .decode_attention import attend
 from .store import Store, dequantize, quantize_heads
 
 _library = torch.library.Library("flute", "FRAGMENT")
@@ -196,19 +197,13 @@ def _attention(
     _check_attention(query, key_codes, key_scale, key_zero, value_codes, value_scale, value_zero, lengths, table)
     key = dequantize(key_codes, key_scale, key_zero, table)
     value = dequantize(value_codes, value_scale, value_zero, table)
-    batch, many, tokens, dim = query.shape
-    heads, slots = key.shape[1:3]
-    grouped = query.float().reshape(batch, heads, many // heads * tokens, dim)
-    weights = (grouped @ key.transpose(-1, -2) * scaling).view(batch, heads, -1, tokens, slots)
-    at = torch.arange(slots, device=query.device)
+    tokens = query.shape[2]
+    at = torch.arange(key.shape[2], device=query.device)
     last = lengths[:, None].long() - tokens + torch.arange(tokens, device=query.device)  # (B, T)
-    hidden = at > last[..., None]
+    seen = at <= last[..., None]
     if starts is not None:
-        hidden = hidden | (at < starts[:, None, None])
-    weights = weights.masked_fill(hidden[:, None, None], -torch.inf).softmax(-1)
-    weights = torch.where(hidden.all(-1)[:, None, None, :, None], 0.0, weights)  # a query without keys answers 0
-    mixed = weights.flatten(2, 3) @ value
-    return mixed.view(batch, many, tokens, -1).to(query.dtype)
+        seen = seen & (at >= starts[:, None, None])
+    return attend(query, key, value, seen, scaling)
 
 
 def _attention_cuda(

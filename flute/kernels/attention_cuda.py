@@ -1,4 +1,4 @@
-"""Launches of ``cuda/kv_append.cu``, ``kv_attention.cu`` and ``kv_dequantize.cu``, and which caches they take."""
+"""Launches of ``cuda/kv_*.cu`` and ``decode_attention.cu``, and which caches they take."""
 
 from __future__ import annotations
 
@@ -20,12 +20,20 @@ _MOST_TOGETHER = 8  # parts that a cluster holds
 _TOGETHER = (8, 4, 2)
 _MOST_STEPS = 4  # of a warp, before more parts than that pay for a second launch
 _MOST_DIM = 256
+_STEP = 16  # positions that a warp of decode_attention.cu takes at once
+_MOST_DECODE_DIM = 128  # more would spill registers
 
 
 def takes(dtype: torch.dtype, key_dim: int, value_dim: int, slots: int, paged: bool) -> bool:
     """Whether the kernels take this cache; others are for plain torch."""
     dims = key_dim % 8 == 0 and value_dim % 8 == 0 and max(key_dim, value_dim) <= _MOST_DIM
     return dtype in (torch.float16, torch.bfloat16) and dims and not (paged and slots % _BLOCK)
+
+
+def takes_decode(dtype: torch.dtype, key_dim: int, value_dim: int) -> bool:
+    """Whether ``decode_attention.cu`` takes heads of these sizes; others are for plain torch."""
+    dims = key_dim % 8 == 0 and value_dim % 8 == 0 and 0 < max(key_dim, value_dim) <= _MOST_DECODE_DIM
+    return dtype in (torch.float16, torch.bfloat16) and dims
 
 
 Macros = tuple[tuple[str, int], ...]
@@ -35,7 +43,7 @@ def macros(bf16: bool, key_dim: int, value_dim: int, key_symmetric: bool, value_
     """What both files are compiled with."""
     symmetric = (("KEY_SYMMETRIC", int(key_symmetric)), ("VALUE_SYMMETRIC", int(value_symmetric)))
     dims = (("KEY_DIM", key_dim), ("VALUE_DIM", value_dim), ("TILES", _tiles(key_dim, value_dim)))
-    return (("RANGES", 1), ("BF16", int(bf16)), *dims, *symmetric)
+    return (("RANGES", 1), ("BF16", int(bf16)), ("WARPS", _WARPS), *dims, *symmetric)
 
 
 def _tiles(key_dim: int, value_dim: int) -> int:
@@ -104,16 +112,16 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | No
     return out
 
 
-def parts(blocks: int, capacity: int, step: int, gpu: Gpu) -> tuple[int, bool]:
+def parts(blocks: int, capacity: int, step: int, gpu: Gpu, warps: int = _WARPS) -> tuple[int, bool]:
     """In how many parts the cache is cut, and whether they meet in a cluster.
 
-    As many as run at once for each of ``blocks``, none whose warps have nothing to do, ``step`` positions each. A
+    As many as run at once for each of ``blocks``, none whose ``warps`` have nothing to do, ``step`` positions each. A
     cluster needs no second launch, so few parts with some more work are preferred.
     """
-    fewest = _WARPS * step
+    fewest, per_sm = warps * step, _BLOCKS_PER_SM * _WARPS // warps
     wanted = max(1, min(_BLOCKS_PER_SM * gpu.sms // blocks, capacity // fewest))
     if gpu.has_clusters and (wanted <= _MOST_TOGETHER or capacity <= _MOST_TOGETHER * fewest * _MOST_STEPS):
-        fitting = (n for n, at_once in gpu.clusters[::-1] if n in _TOGETHER and blocks <= _BLOCKS_PER_SM * at_once)
+        fitting = (n for n, at_once in gpu.clusters[::-1] if n in _TOGETHER and blocks <= per_sm * at_once)
         return next((n for n in fitting if n <= wanted), 1), True
     return wanted, False
 
@@ -153,7 +161,61 @@ def attention(
     grid = (row_blocks * splits // cluster, batch * heads)  # of clusters
     cuda._launch(device, cuda._config(grid, 32 * _WARPS, shared, cluster, gpu.has_clusters), kernel, *pointers, *sizes)
     if partial is not None:
-        merge = _kernel(device, "kv_attention.cu", "kv_merge", *what)
-        config = cuda._config((batch * many * tokens, 1), 128, 0, 1, gpu.has_clusters)
-        cuda._launch(device, config, merge, partial.data_ptr(), out.data_ptr(), splits)
+        _merge(device, _kernel(device, "kv_attention.cu", "kv_merge", *what), partial, out)
+    return out
+
+
+def _merge(device: int, kernel: Any, partial: torch.Tensor, out: torch.Tensor) -> None:
+    config = cuda._config((partial.shape[0], 1), 128, 0, 1, cuda.gpu(device).has_clusters)
+    cuda._launch(device, config, kernel, partial.data_ptr(), out.data_ptr(), partial.shape[1])
+
+
+def decode_macros(bf16: bool, key_dim: int, value_dim: int, warps: int) -> Macros:
+    """What ``decode_attention.cu`` is compiled with."""
+    return (("BF16", int(bf16)), ("KEY_DIM", key_dim), ("VALUE_DIM", value_dim), ("WARPS", warps))
+
+
+@lru_cache(maxsize=256)
+def _decode_kernel(device: int, name: str, *what: Any) -> Any:
+    return cuda._kernel(device, "decode_attention.cu", decode_macros(*what), name)
+
+
+def _pieces_aligned(x: torch.Tensor) -> torch.Tensor:
+    """x with every row a run of 16-byte pieces; copied if it must be."""
+    odd = any(stride % 8 for size, stride in zip(x.shape[:-1], x.stride(), strict=False) if size > 1)
+    return x.clone(memory_format=torch.contiguous_format) if x.stride(-1) != 1 or odd or x.data_ptr() & 15 else x
+
+
+def decode_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
+) -> torch.Tensor:
+    """As `decode_attention.decode_attention`."""
+    (batch, many, tokens, dim), device = query.shape, query.get_device()
+    (_, heads, positions, value_dim), gpu = value.shape, cuda.gpu(device)
+    out = torch.empty(batch, tokens, many, value_dim, dtype=query.dtype, device=query.device)
+    if out.numel() == 0 or positions == 0:
+        return out.zero_()
+    group = many // heads
+    row_blocks = ceil(group * tokens / _ROWS)
+    blocks = batch * heads * row_blocks
+    together = dict(gpu.clusters).get(_MOST_TOGETHER, 0) if gpu.has_clusters else 0
+    warps = 2 * _WARPS if blocks <= together else _WARPS  # few blocks: all that a cluster holds at work
+    splits, together = parts(blocks, positions, _STEP, gpu, warps)
+    what, partial = (query.dtype == torch.bfloat16, dim, value_dim, warps), None
+    if splits > 1 and not together:
+        partial = torch.empty(batch * tokens * many, splits, value_dim + 2, dtype=torch.float32, device=query.device)
+    rows = [_pieces_aligned(x) for x in (query, key, value)]
+    operands = [number for x in rows for number in (x.data_ptr(), *x.stride()[:3])]
+    if mask is not None:
+        mask = mask if mask.stride(-1) == 1 else mask.contiguous()
+    apart = (0, 0) if mask is None else (mask.stride(i) if mask.shape[i] > 1 else 0 for i in (0, 2))
+    sizes = (heads, group, tokens, positions, splits, c_float(scaling * log2(e)))
+    cluster, shared = splits if together else 1, (warps + 1) * _ROWS * (value_dim + 2) * 4
+    grid = (row_blocks * splits // cluster, batch * heads)  # of clusters
+    config = cuda._config(grid, 32 * warps, shared, cluster, gpu.has_clusters)
+    kernel = _decode_kernel(device, "decode_attention", *what)
+    pointers = (*operands, cuda._pointer(mask), *apart, out.data_ptr(), cuda._pointer(partial))
+    cuda._launch(device, config, kernel, *pointers, *sizes)
+    if partial is not None:
+        _merge(device, _decode_kernel(device, "kv_merge", *what), partial, out)
     return out

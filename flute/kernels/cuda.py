@@ -24,7 +24,7 @@ from .boxes import tensor_map
 
 _MINIMUM_CAPABILITY = (8, 0)
 _FILES: dict[type, str] = {plan.Plan: "decode.cu", tiles.Tiling: "matmul.cu", mma.Tiling: "mma.cu"}
-_LARGE = ("lut_decode", "lut_m", "hadamard", "int_", "kronecker", "turn_heads", "kv_attention")  # names begin so
+_LARGE = ("lut_decode", "lut_m", "hadamard", "int_", "kronecker", "turn_heads", "kv_attent", "decode_")  # begin so
 _thread = threading.local()
 
 

@@ -3,7 +3,7 @@
 A kernel is named by its file and its macros. Its text is: the macros, ``types.cuh``, what the macros ask for (BITS:
 ``pipeline.cuh``, the layout's device header and ``common.cuh``; CODE_BITS: ``pipeline.cuh`` and ``integers.cuh``;
 RANGES: ``pipeline.cuh`` and ``ranges.cuh``; TOKENS, COLUMNS: `wgmma`; FACTOR: `walsh`), what single files
-need (``stage.cuh``, ``stream.cuh``; ``kv_rows.cuh``), and the file. NVRTC (NVIDIA's cuda-core) compiles it for the
+need (`_ALSO`), and the file. NVRTC (NVIDIA's cuda-core) compiles it for the
 exact GPU, never to PTX, so an older driver still takes it. Cubins are kept on disk under a name that hashes everything
 they depend on: text, options, architecture, NVRTC version. Each file starts with the SHA-256 of the rest and is
 published by rename, so a torn, damaged or foreign file is simply a miss; when several processes meet a cold kernel, one
@@ -29,6 +29,11 @@ from . import layout, walsh, wgmma
 
 _LOCK_SECONDS = 60.0  # a compile takes under a second; whoever waits this long compiles for itself
 _OPTIONS = ("std=c++17",)
+_ALSO = {  # what single files need
+    "decode.cu": ("stage.cuh", "stream.cuh"),
+    "kv_attention.cu": ("parts.cuh", "kv_rows.cuh"),
+    "decode_attention.cu": ("pipeline.cuh", "parts.cuh"),
+}
 _loading = threading.RLock()
 
 
@@ -79,10 +84,7 @@ def source(file: str, macros: dict[str, int]) -> str:
         head.append((folder / "integers.cuh").read_text())
     if "RANGES" in macros:
         head.append((folder / "ranges.cuh").read_text())
-    if file == "decode.cu":
-        head += [(folder / name).read_text() for name in ("stage.cuh", "stream.cuh")]
-    if file == "kv_attention.cu":
-        head.append((folder / "kv_rows.cuh").read_text())
+    head += [(folder / name).read_text() for name in _ALSO.get(file, ())]
     if file == "integer_matmul.cu":
         head.append(wgmma.integer_header(macros["COLUMNS"]))
     if "TOKENS" in macros:

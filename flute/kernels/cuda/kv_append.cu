@@ -1,8 +1,6 @@
 // New keys and values into an int4 cache (flute/kernels/attention.py): a warp a token and head, keys first, then values.
 //
-// Host macros: BF16, RANGES, KEY_DIM, VALUE_DIM, KEY_SYMMETRIC, VALUE_SYMMETRIC.
-
-constexpr int WARPS = 4;
+// Host macros: BF16, RANGES, KEY_DIM, VALUE_DIM, KEY_SYMMETRIC, VALUE_SYMMETRIC, WARPS (of a block).
 
 struct Store {
   u8* codes;

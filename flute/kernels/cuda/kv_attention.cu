@@ -10,14 +10,9 @@
 // kv_rows.cuh says how codes become numbers u. Queries, in float16 whatever the model's dtype, are scaled by a power of
 // two that leaves room for 1/16 of those that meet a high nibble; products may take their k in any order that both
 // operands share, here that of the masks. m is the running maximum of s + log2(scale_v), so p scale_v, the other 16-bit
-// operand, is at most 1. Warps, and then parts of the cache, are added in order: the same bits on every run. Parts meet
-// in a cluster's shared memory, or, where there are more than a cluster holds, in kv_merge.
+// operand, is at most 1. parts.cuh says how warps, and then parts of the cache, are added.
 //
-// Host macros: BF16, RANGES, and those of kv_rows.cuh.
-
-constexpr int WARPS = 4, ROWS = 8, MOST_TOGETHER = 8;
-constexpr int PARTIAL = VALUE_DIM + 2;              // sums, maximum, denominator
-constexpr float NOTHING = -1e30f, HIDDEN = -2e30f;  // a maximum over no position; the score of one that is not seen
+// Host macros: BF16, RANGES, WARPS, and those of kv_rows.cuh.
 
 __device__ __forceinline__ u32 pack_halves(float low, float high) {
   u32 result;
@@ -25,22 +20,9 @@ __device__ __forceinline__ u32 pack_halves(float low, float high) {
   return result;
 }
 
-__device__ __forceinline__ float exp2(float x) {
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-  return result;
-}
-
 __device__ __forceinline__ float log2(float x) {
   float result;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-  return result;
-}
-
-// 8 x 8 16-bit numbers over the lanes, transposed.
-__device__ __forceinline__ u32 transposed(u32 pair) {
-  u32 result;
-  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
   return result;
 }
 
@@ -213,47 +195,6 @@ __device__ __forceinline__ void leave(float* to, Running& running, int lane) {
   }
 }
 
-// Sum, maximum and denominator of one column: of COUNT places, in their order.
-struct Merged {
-  float sum = 0.0f, most = NOTHING, total = 0.0f;
-
-  template <int COUNT, class Place>
-  __device__ __forceinline__ void add(int count, int column, Place place) {
-    float sums[COUNT], mosts[COUNT], totals[COUNT];
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) {  // all on their way before the first is needed
-      const float* there = place(min(i, count - 1));
-      sums[i] = there[column], mosts[i] = there[VALUE_DIM], totals[i] = there[VALUE_DIM + 1];
-    }
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) most = fmaxf(most, mosts[i]);
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) {
-      const float share = i < count ? exp2(mosts[i] - most) : 0.0f;
-      sum += share * sums[i], total += share * totals[i];
-    }
-  }
-
-  __device__ __forceinline__ u16 mean() const { return narrow(total > 0.0f ? sum / total : 0.0f); }
-};
-
-// Address of the same place in the shared memory of another block of the cluster.
-__device__ __forceinline__ const float* in_block(const float* mine, int block) {
-#if __CUDA_ARCH__ >= 900
-  u64 there;
-  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(mine), "r"(block));
-  return (const float*)there;
-#else
-  return mine;
-#endif
-}
-
-__device__ __forceinline__ void meet_cluster() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
     kv_attention(const u16* query, const u8* key_codes, const u16* key_scale, const short* key_zero, const u8* value_codes,
                  const u16* value_scale, const short* value_zero, const int* lengths, const int* starts, const int* table,
@@ -297,48 +238,5 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
   }
 
   leave(sums + warp * ROWS * PARTIAL, running, lane);
-  __syncthreads();
-  const bool together = splits > 1 && !partial;
-  float* block_sums = sums + WARPS * ROWS * PARTIAL;
-  for (int i = threadIdx.x; i < rows * VALUE_DIM; i += 32 * WARPS) {
-    const int row = i / VALUE_DIM, column = i % VALUE_DIM;
-    Merged merged;
-    merged.add<WARPS>(WARPS, column, [&](int from) { return sums + (from * ROWS + row) * PARTIAL; });
-    if (splits == 1) {
-      out[(first_row + row) * VALUE_DIM + column] = merged.mean();
-    } else {
-      float* to = together ? block_sums + row * PARTIAL : partial + ((first_row + row) * splits + split) * PARTIAL;
-      to[column] = merged.sum;
-      if (column == 0) to[VALUE_DIM] = merged.most, to[VALUE_DIM + 1] = merged.total;
-    }
-  }
-  if (together) {
-    meet_cluster();
-    for (int i = threadIdx.x + split * 32 * WARPS; i < rows * VALUE_DIM; i += (int)splits * 32 * WARPS) {
-      const int row = i / VALUE_DIM, column = i % VALUE_DIM;
-      Merged merged;
-      merged.add<MOST_TOGETHER>((int)splits, column, [&](int block) { return in_block(block_sums + row * PARTIAL, block); });
-      out[(first_row + row) * VALUE_DIM + column] = merged.mean();
-    }
-    meet_cluster();  // others may still be reading
-  }
-}
-
-// The parts of one row of queries, in order.
-extern "C" __global__ void __launch_bounds__(128) kv_merge(const float* partial, u16* out, u64 splits) {
-  let_next_begin();
-  wait_for_last();
-  const float* from = partial + (u64)blockIdx.x * splits * PARTIAL;
-  float most = NOTHING;
-#pragma unroll 8
-  for (int i = 0; i < (int)splits; ++i) most = fmaxf(most, from[i * PARTIAL + VALUE_DIM]);
-  for (int column = threadIdx.x; column < VALUE_DIM; column += 128) {
-    float total = 0.0f, sum = 0.0f;
-#pragma unroll 8
-    for (int i = 0; i < (int)splits; ++i) {
-      const float share = exp2(from[i * PARTIAL + VALUE_DIM] - most);
-      sum += share * from[i * PARTIAL + column], total += share * from[i * PARTIAL + VALUE_DIM + 1];
-    }
-    out[(u64)blockIdx.x * VALUE_DIM + column] = narrow(total > 0.0f ? sum / total : 0.0f);
-  }
+  merge_block(sums, out, partial, rows, split, (int)splits, [&](int row) { return first_row + row; });
 }
