@@ -15,7 +15,7 @@ from flute.errors import OperatorError
 from flute.kernels import attention_cuda
 from flute.kernels.decode_attention import decode_attention
 
-HALF_ULP = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # twice that of either, relative
+HALF_ULP = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # at most, of a number
 
 
 def given(
@@ -69,11 +69,12 @@ def test_opcheck_and_refusals() -> None:
 def test_parts_fill_a_gpu() -> None:
     """One sequence of an 8B model: eight heads, a cluster of eight blocks each; more of a long cache."""
     h100, old = GPUS["H100"], GPUS["A100"]
-    assert attention_cuda.parts(8, 2048, 16, h100, 8) == (8, True)
-    assert attention_cuda.parts(8, 100, 16, h100, 8) == (1, True)
-    assert attention_cuda.parts(8, 65536, 16, h100, 8) == (33, False)
-    assert attention_cuda.parts(512, 65536, 16, h100) == (1, True)
-    assert attention_cuda.parts(8, 2048, 16, old) == (27, False)
+    assert attention_cuda.decode_parts(8, 64, h100) == (8, 8, True)
+    assert attention_cuda.decode_parts(8, 8, h100) == (8, 1, True)
+    assert attention_cuda.decode_parts(8, 2048, h100) == (4, 33, False)
+    assert attention_cuda.decode_parts(128, 2048, h100) == (8, 1, True)
+    assert attention_cuda.decode_parts(512, 2048, h100) == (4, 1, True)
+    assert attention_cuda.decode_parts(8, 64, old) == (4, 16, False)
 
 
 # ---- transformers ----------------------------------------------------------------------------------------------------
@@ -122,7 +123,7 @@ def test_models_generate_the_same(window: int | None, cache: str, monkeypatch: p
 @needs_nvrtc
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_120"])
 def test_no_spills(arch: str) -> None:
-    for dim, warps in itertools.product((64, 80, 128), (4, 8) if arch == "sm_90" else (4,)):
+    for dim, warps in itertools.product((64, 128, 192), (4, 8) if arch == "sm_90" else (4,)):
         macros = attention_cuda.decode_macros(dim == 64, dim, dim, warps)
         assert not complaints(report("decode_attention.cu", dict(macros), arch)), macros
 
@@ -139,12 +140,12 @@ def bound(
     wide = [x.float() for x in (query, key, value)]
     wanted = decode_attention(*wide, mask, scaling)
     size = decode_attention(wide[0], wide[1], wide[2].abs(), mask, scaling)
-    return wanted, HALF_ULP[query.dtype] * (size + wanted.abs()) * 0.6 + 1e-4 * size
+    return wanted, HALF_ULP[query.dtype] * (size + wanted.abs()) + 1e-4 * size
 
 
 @needs_gpu
 @pytest.mark.parametrize("dtype", list(HALF_ULP), ids=str)
-@pytest.mark.parametrize("dims", [(64, 64), (80, 80), (96, 96), (128, 128), (128, 64), (8, 40)], ids=str)
+@pytest.mark.parametrize("dims", [(64, 64), (80, 80), (128, 128), (192, 128), (192, 192), (8, 40)], ids=str)
 @pytest.mark.parametrize(("batch", "heads", "group", "tokens", "positions"), [
     (1, 8, 4, 1, 17), (1, 8, 4, 1, 2049), (1, 8, 4, 1, 4500), (1, 1, 3, 8, 20000), (2, 3, 8, 5, 333),
     (64, 8, 4, 1, 300), (5, 8, 1, 2, 1000), (16, 2, 16, 1, 129),

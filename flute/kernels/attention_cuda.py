@@ -20,8 +20,8 @@ _MOST_TOGETHER = 8  # parts that a cluster holds
 _TOGETHER = (8, 4, 2)
 _MOST_STEPS = 4  # of a warp, before more parts than that pay for a second launch
 _MOST_DIM = 256
-_STEP = 16  # positions that a warp of decode_attention.cu takes at once
-_MOST_DECODE_DIM = 128  # more would spill registers
+_MOST_DECODE_DIM = 192  # more would spill registers
+_MOST_ROUNDS = 8  # of steps of a warp of decode_attention.cu, before more warps pay for a second launch
 
 
 def takes(dtype: torch.dtype, key_dim: int, value_dim: int, slots: int, paged: bool) -> bool:
@@ -112,16 +112,16 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | No
     return out
 
 
-def parts(blocks: int, capacity: int, step: int, gpu: Gpu, warps: int = _WARPS) -> tuple[int, bool]:
+def parts(blocks: int, capacity: int, step: int, gpu: Gpu) -> tuple[int, bool]:
     """In how many parts the cache is cut, and whether they meet in a cluster.
 
-    As many as run at once for each of ``blocks``, none whose ``warps`` have nothing to do, ``step`` positions each. A
+    As many as run at once for each of ``blocks``, none whose warps have nothing to do, ``step`` positions each. A
     cluster needs no second launch, so few parts with some more work are preferred.
     """
-    fewest, per_sm = warps * step, _BLOCKS_PER_SM * _WARPS // warps
+    fewest = _WARPS * step
     wanted = max(1, min(_BLOCKS_PER_SM * gpu.sms // blocks, capacity // fewest))
     if gpu.has_clusters and (wanted <= _MOST_TOGETHER or capacity <= _MOST_TOGETHER * fewest * _MOST_STEPS):
-        fitting = (n for n, at_once in gpu.clusters[::-1] if n in _TOGETHER and blocks <= per_sm * at_once)
+        fitting = (n for n, at_once in gpu.clusters[::-1] if n in _TOGETHER and blocks <= _BLOCKS_PER_SM * at_once)
         return next((n for n in fitting if n <= wanted), 1), True
     return wanted, False
 
@@ -172,7 +172,33 @@ def _merge(device: int, kernel: Any, partial: torch.Tensor, out: torch.Tensor) -
 
 def decode_macros(bf16: bool, key_dim: int, value_dim: int, warps: int) -> Macros:
     """What ``decode_attention.cu`` is compiled with."""
-    return (("BF16", int(bf16)), ("KEY_DIM", key_dim), ("VALUE_DIM", value_dim), ("WARPS", warps))
+    dims = (("KEY_DIM", key_dim), ("VALUE_DIM", value_dim), ("TILES", _decode_tiles(key_dim, value_dim)))
+    return (("BF16", int(bf16)), *dims, ("WARPS", warps))
+
+
+def _decode_tiles(key_dim: int, value_dim: int) -> int:
+    """Tiles of 16 positions that a warp of ``decode_attention.cu`` takes at once: as many as registers hold."""
+    return 2 if key_dim + value_dim <= 256 else 1
+
+
+def decode_parts(blocks: int, steps: int, gpu: Gpu) -> tuple[int, int, bool]:
+    """Warps of a block, in how many parts the positions are cut, and whether these meet in a cluster.
+
+    Of all cuts of which ``blocks`` run at once, one with the fewest rounds of ``steps``, and of these the one with the
+    fewest parts, which must meet. Long caches are cut into as many parts as run at once, added by a second launch.
+    """
+    clusters = gpu.clusters if gpu.has_clusters else ((1, gpu.sms),)
+    cuts = [
+        (ceil(steps / (warps * parts)), parts, warps)
+        for warps, per_sm in ((2 * _WARPS, 1), (_WARPS, _BLOCKS_PER_SM))
+        for parts, at_once in clusters
+        if blocks <= per_sm * at_once
+    ]
+    rounds, splits, warps = min(cuts, default=(0, 1, _WARPS))
+    most = min(_BLOCKS_PER_SM * gpu.sms // blocks, ceil(steps / _WARPS))
+    if most * _WARPS > splits * warps and (rounds > _MOST_ROUNDS or not gpu.has_clusters):
+        return _WARPS, most, False
+    return warps, splits, True
 
 
 @lru_cache(maxsize=256)
@@ -196,11 +222,8 @@ def decode_attention(
     if out.numel() == 0 or positions == 0:
         return out.zero_()
     group = many // heads
-    row_blocks = ceil(group * tokens / _ROWS)
-    blocks = batch * heads * row_blocks
-    together = dict(gpu.clusters).get(_MOST_TOGETHER, 0) if gpu.has_clusters else 0
-    warps = 2 * _WARPS if blocks <= together else _WARPS  # few blocks: all that a cluster holds at work
-    splits, together = parts(blocks, positions, _STEP, gpu, warps)
+    row_blocks, steps = ceil(group * tokens / _ROWS), ceil(positions / (_BLOCK * _decode_tiles(dim, value_dim)))
+    warps, splits, together = decode_parts(batch * heads * row_blocks, steps, gpu)
     what, partial = (query.dtype == torch.bfloat16, dim, value_dim, warps), None
     if splits > 1 and not together:
         partial = torch.empty(batch * tokens * many, splits, value_dim + 2, dtype=torch.float32, device=query.device)

@@ -1,7 +1,7 @@
 // Attention of few queries over keys and values in 16 bits (flute/kernels/decode_attention.py), split along the positions.
 //
 // A block takes one key head of one sequence, 8 rows of queries (query heads of the group times tokens), and one of
-// `splits` parts of the positions. A step is 16 of them; steps go round all warps of all parts, so that whatever the mask
+// `splits` parts of the positions. Steps of STEP positions go round all warps of all parts, so that whatever the mask
 // hides, and however long the cache is, those have the same to do. A warp looks through the mask of 32 of its steps at
 // once and never reads keys of one in which nobody sees anything.
 //
@@ -11,10 +11,13 @@
 // them, so two rows are interleaved by one instruction a word. The next keys are asked for as soon as these are scored,
 // the next values as soon as these are added. parts.cuh says how warps, and then parts, are added.
 //
-// Host macros: BF16, RANGES, KEY_DIM, VALUE_DIM (multiples of 8, at most 128), WARPS.
+// The loop's first turn is a rehearsal on nothing: no query sees a position, so nothing is summed, but the code is there
+// when the launch ahead is over. Among launches of other code, every launch fetches its own from memory.
+//
+// Host macros: BF16, KEY_DIM, VALUE_DIM (multiples of 8), WARPS, TILES (of 16 positions, in a step).
 
-constexpr int STEP = 16, PIECES = KEY_DIM / 8, OWN = (PIECES + 3) / 4;        // pieces of a key; a lane's
-constexpr int VALUE_PIECES = VALUE_DIM / 8, TURNS = (VALUE_PIECES + 7) / 8;  // of a value; a lane's
+constexpr int STEP = 16 * TILES, PIECES = KEY_DIM / 8, OWN = (PIECES + 3) / 4;  // pieces of a key; a lane's
+constexpr int VALUE_PIECES = VALUE_DIM / 8, TURNS = (VALUE_PIECES + 7) / 8;     // of a value; a lane's
 
 // Rows of one head of one sequence: neighbours along the last dimension, `apart` elements from row to row.
 struct Rows {
@@ -65,32 +68,44 @@ struct Steps {
   }
 };
 
-// Keys of positions g and g + 8 of a step, every fourth piece, and which of them queries 2 t and 2 t + 1 see.
+// Keys of positions g and g + 8 of each tile, every fourth piece, and which of them queries 2 t and 2 t + 1 see.
 struct Keys {
-  uint4 pieces[2][OWN];
-  bool seen[2][2];  // [position][query]
+  uint4 pieces[2 * TILES][OWN];
+  bool seen[2 * TILES][2];  // [position][query]
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < 2 * TILES; ++i) {
+      seen[i][0] = seen[i][1] = false;
+#pragma unroll
+      for (int j = 0; j < OWN; ++j) pieces[i][j] = make_uint4(0, 0, 0, 0);
+    }
+  }
 
   __device__ __forceinline__ void load(const Rows& rows, const Mask& mask, int step, const int (&tokens)[2], int lane) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int position = step * STEP + (lane >> 2) + 8 * half;
+    for (int i = 0; i < 2 * TILES; ++i) {
+      const int position = step * STEP + (lane >> 2) + 8 * i;
 #pragma unroll
-      for (int j = 0; j < OWN; ++j) {
-        pieces[half][j] = rows.piece(min(position, mask.positions - 1), (lane & 3) + 4 * j, PIECES);
-      }
+      for (int j = 0; j < OWN; ++j) pieces[i][j] = rows.piece(min(position, mask.positions - 1), (lane & 3) + 4 * j, PIECES);
 #pragma unroll
-      for (int query = 0; query < 2; ++query) seen[half][query] = mask.shows(tokens[query], position);
+      for (int query = 0; query < 2; ++query) seen[i][query] = mask.shows(tokens[query], position);
     }
   }
 };
 
-// Values of positions 2 t, 2 t + 1, 2 t + 8, 2 t + 9 of a step, every eighth piece.
+// Values of positions 2 t, 2 t + 1, 2 t + 8, 2 t + 9 of each tile, every eighth piece.
 struct Values {
-  uint4 pieces[4][TURNS];
+  uint4 pieces[4 * TILES][TURNS];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < 4 * TILES * TURNS; ++i) pieces[i / TURNS][i % TURNS] = make_uint4(0, 0, 0, 0);
+  }
 
   __device__ __forceinline__ void load(const Rows& rows, int step, int last, int lane) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 4 * TILES; ++i) {
       const int position = min(step * STEP + (lane & 3) * 2 + i % 2 + i / 2 * 8, last);
 #pragma unroll
       for (int turn = 0; turn < TURNS; ++turn) pieces[i][turn] = rows.piece(position, (lane >> 2) + 8 * turn, VALUE_PIECES);
@@ -110,11 +125,13 @@ struct Running {
     for (int i = 0; i < 16 * TURNS; ++i) sums[i / 4][i % 4] = 0.0f;
   }
 
-  // s: [position, query], scores; they become the B fragment of the second product.
-  __device__ __forceinline__ void weigh(u32 (&p)[2], const float (&s)[4]) {
+  // s: [tile][position, query], scores; they become B fragments of the second product.
+  __device__ __forceinline__ void weigh(u32 (&p)[TILES][2], const float (&s)[TILES][4]) {
 #pragma unroll
     for (int query = 0; query < 2; ++query) {
-      float next = fmaxf(most[query], fmaxf(s[query], s[2 + query]));
+      float next = most[query];
+#pragma unroll
+      for (int i = 0; i < 2 * TILES; ++i) next = fmaxf(next, s[i / 2][i % 2 * 2 + query]);
 #pragma unroll
       for (int apart = 4; apart < 32; apart *= 2) next = fmaxf(next, __shfl_xor_sync(~0u, next, apart));
       const float shrink = exp2(most[query] - next);
@@ -123,24 +140,28 @@ struct Running {
       for (int i = 0; i < 4 * TURNS; ++i) sums[i][query] *= shrink, sums[i][2 + query] *= shrink;
     }
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float first = exp2(s[2 * half] - most[0]), second = exp2(s[2 * half + 1] - most[1]);
+    for (int i = 0; i < 2 * TILES; ++i) {
+      const float first = exp2(s[i / 2][i % 2 * 2] - most[0]), second = exp2(s[i / 2][i % 2 * 2 + 1] - most[1]);
       total[0] += first, total[1] += second;
-      p[half] = transposed(narrow_pair(first, second));
+      p[i / 2][i % 2] = transposed(narrow_pair(first, second));
     }
   }
 
   // Rows g and g + 8 of a product are columns 8 piece + 2 i and the next of V.
-  __device__ __forceinline__ void add(const u32 (&p)[2], const Values& values) {
+  __device__ __forceinline__ void add(const u32 (&p)[TILES][2], const Values& values) {
 #pragma unroll
-    for (int i = 0; i < 4 * TURNS; ++i) {
-      u32 a[4];
+    for (int tile = 0; tile < TILES; ++tile) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const u32 one = word(values.pieces[2 * half][i / 4], i % 4), other = word(values.pieces[2 * half + 1][i / 4], i % 4);
-        a[2 * half] = __byte_perm(one, other, 0x5410), a[2 * half + 1] = __byte_perm(one, other, 0x7632);
+      for (int i = 0; i < 4 * TURNS; ++i) {
+        u32 a[4];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const u32 one = word(values.pieces[4 * tile + 2 * half][i / 4], i % 4);
+          const u32 other = word(values.pieces[4 * tile + 2 * half + 1][i / 4], i % 4);
+          a[2 * half] = __byte_perm(one, other, 0x5410), a[2 * half + 1] = __byte_perm(one, other, 0x7632);
+        }
+        tensor_step(sums[i], a, p[tile][0], p[tile][1]);
       }
-      tensor_step(sums[i], a, p[0], p[1]);
     }
   }
 
@@ -163,22 +184,26 @@ struct Running {
   }
 };
 
-// Scores of a step: {position g queries 2 t, 2 t + 1, position g + 8 the same}.
-__device__ __forceinline__ void score(float (&s)[4], const uint4 (&query)[OWN], const Keys& keys, float scaling) {
-  s[0] = s[1] = s[2] = s[3] = 0.0f;
+// Scores of a step: [tile]{position g queries 2 t, 2 t + 1, position g + 8 the same}.
+__device__ __forceinline__ void score(float (&s)[TILES][4], const uint4 (&query)[OWN], const Keys& keys, float scaling) {
 #pragma unroll
-  for (int j = 0; j < OWN; ++j) {
-    const uint4 &one = keys.pieces[0][j], &other = keys.pieces[1][j];
-    const u32 low[4] = {one.x, other.x, one.y, other.y}, high[4] = {one.z, other.z, one.w, other.w};
-    tensor_step(s, low, query[j].x, query[j].y);
-    tensor_step(s, high, query[j].z, query[j].w);
+  for (int tile = 0; tile < TILES; ++tile) {
+    float(&mine)[4] = s[tile];
+    mine[0] = mine[1] = mine[2] = mine[3] = 0.0f;
+#pragma unroll
+    for (int j = 0; j < OWN; ++j) {
+      const uint4 &one = keys.pieces[2 * tile][j], &other = keys.pieces[2 * tile + 1][j];
+      const u32 low[4] = {one.x, other.x, one.y, other.y}, high[4] = {one.z, other.z, one.w, other.w};
+      tensor_step(mine, low, query[j].x, query[j].y);
+      tensor_step(mine, high, query[j].z, query[j].w);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) mine[i] = keys.seen[2 * tile + i / 2][i % 2] ? mine[i] * scaling : HIDDEN;
   }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) s[i] = keys.seen[i / 2][i % 2] ? s[i] * scaling : HIDDEN;
 }
 
 // _b, _h, _t: strides in elements of sequence, head, and token or position; out: [sequence][token][head][VALUE_DIM].
-extern "C" __global__ void __launch_bounds__(32 * WARPS, 12 / WARPS)
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 8 / WARPS)
     decode_attention(const u16* query, u64 query_b, u64 query_h, u64 query_t, const u16* key, u64 key_b, u64 key_h, u64 key_t,
                      const u16* value, u64 value_b, u64 value_h, u64 value_t, const u8* mask_bytes, u64 mask_b, u64 mask_t,
                      u16* out, float* partial, u32 heads, u32 group, u32 tokens, u32 positions, u32 splits, float scaling) {
@@ -193,26 +218,32 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 12 / WARPS)
   const int seen_by[2] = {(int)((row0 + (lane & 3) * 2) % tokens), (int)((row0 + (lane & 3) * 2 + 1) % tokens)};
   Steps steps{(int)(split * WARPS + warp), (int)(splits * WARPS)};
   let_next_begin();
-  wait_for_last();
-  int step = steps.next(mask, lane);
   Keys keys;
   Values values;
-  if (step >= 0) keys.load(keys_at, mask, step, seen_by, lane), values.load(values_at, step, positions - 1, lane);
   uint4 own[OWN];
-#pragma unroll
-  for (int j = 0; j < OWN; ++j) own[j] = query_at.piece(row % tokens, (lane & 3) + 4 * j, PIECES);
   Running running;
-  running.clear();
-  while (step >= 0) {
-    float s[4];
-    u32 p[2];
-    const int next = steps.next(mask, lane);
+  keys.clear(), values.clear(), running.clear();
+#pragma unroll
+  for (int j = 0; j < OWN; ++j) own[j] = make_uint4(0, 0, 0, 0);
+  int next = -1;
+#pragma unroll 1
+  for (bool rehearsal = true;; rehearsal = false) {
+    float s[TILES][4];
+    u32 p[TILES][2];
     score(s, own, keys, scaling);
     if (next >= 0) keys.load(keys_at, mask, next, seen_by, lane);
     running.weigh(p, s);
     running.add(p, values);
-    if (next >= 0) values.load(values_at, next, positions - 1, lane);
-    step = next;
+    if (rehearsal) {
+      wait_for_last();
+      next = steps.next(mask, lane);
+      if (next >= 0) keys.load(keys_at, mask, next, seen_by, lane);
+#pragma unroll
+      for (int j = 0; j < OWN; ++j) own[j] = query_at.piece(row % tokens, (lane & 3) + 4 * j, PIECES);
+    }
+    if (next < 0) break;
+    values.load(values_at, next, positions - 1, lane);
+    next = steps.next(mask, lane);
   }
   running.leave(sums + warp * ROWS * PARTIAL, lane);
   merge_block(sums, out, partial, rows, split, splits, [&](int at) {

@@ -58,9 +58,17 @@ __device__ __forceinline__ const float* in_block(const float* mine, int block) {
 #endif
 }
 
+// What blocks wrote before is there behind it.
 __device__ __forceinline__ void meet_cluster() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// No block's memory goes before all have read it; nothing was written that others are to see.
+__device__ __forceinline__ void leave_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\n barrier.cluster.wait.aligned;" ::: "memory");
 #endif
 }
 
@@ -91,7 +99,7 @@ __device__ __forceinline__ void merge_block(float* sums, u16* out, float* partia
       merged.add<MOST_TOGETHER>(splits, column, [&](int block) { return in_block(block_sums + row * PARTIAL, block); });
       out[to(row) * VALUE_DIM + column] = merged.mean();
     }
-    meet_cluster();  // others may still be reading
+    leave_cluster();
   }
 }
 
