@@ -4,6 +4,8 @@
 
 Every row of the CSV is one (shape, spec, dtype) with the worst error over all numbers of tokens, beside torch's own,
 and the number of failed checks (decoding, integers and error bounds of flute/bench/correctness.py). Exit code 1 if any.
+
+``--part 1/2`` takes every other case from the first on, ``2/2`` the others. A run that is stopped leaves its rows.
 """
 
 from __future__ import annotations
@@ -56,6 +58,18 @@ def cases(quick: bool) -> list[tuple[str, Case]]:
     ]
 
 
+def part(text: str) -> slice:
+    """``"1/2"`` -> every second case from the first on.
+
+    Raises:
+        ValueError: no such part.
+    """
+    which, _, count = text.partition("/")
+    if not 1 <= int(which) <= int(count):
+        raise ValueError(text)
+    return slice(int(which) - 1, None, int(count))
+
+
 def run(named: tuple[str, Case]) -> dict[str, object]:
     """All checks of one case."""
     model, case = named
@@ -90,10 +104,11 @@ def main() -> int:
     parser.add_argument(
         "--workers", type=int, default=1, help="processes; most of the time goes into compiling kernels"
     )
+    parser.add_argument("--part", type=part, default="1/1", help="which of how many parts of all cases")
     arguments = parser.parse_args()
-    todo, failures, checks, begun = cases(arguments.quick), 0, 0, time.monotonic()
+    todo, failures, checks, begun = cases(arguments.quick)[arguments.part], 0, 0, time.monotonic()
     spawn = multiprocessing.get_context("spawn")
-    with spawn.Pool(arguments.workers) as pool, open(arguments.output, "w", newline="") as file:
+    with spawn.Pool(arguments.workers) as pool, open(arguments.output, "w", newline="", buffering=1) as file:
         file.write(f"# {describe()}\n")
         writer: csv.DictWriter | None = None
         for number, row in enumerate(pool.imap(run, todo)):

@@ -7,7 +7,8 @@ cuda-bindings probes the driver for functions it may lack, which memcheck report
 Without torch's caching allocator every tensor is an allocation of its own: a read past its end is seen. Plans are
 forced, one of every kind: alone, sharing K among warps, among blocks of a cluster, both, and several passes. At 130
 tokens only the matmul and mma kernels have plans. ``--grouped`` runs stacks of experts instead, empty ones among them,
-with more tiles than blocks. ``--cut`` runs tiles cut along K only.
+with more tiles than blocks. ``--cut`` runs tiles cut along K only, ``--fused`` only the decode kernel with a norm,
+gates and a residual around the product, whose rehearsed loop goes several rounds in some of its plans.
 
 Slots of the rings of the matmul and mma kernels are freed by one lane's arrival behind ``__syncwarp``, an order that
 racecheck does not follow: it calls every later copy into the slot a hazard. ``--all-arrive`` compiles the same kernels
@@ -17,18 +18,25 @@ with an arrival of every lane. Hazards that are then gone were that blind spot, 
 from __future__ import annotations
 
 import argparse
+from itertools import product
 
 import torch
 
 from flute.bench.correctness import Case, Problem, relative
 from flute.hadamard import transform
-from flute.kernels import choice, cuda, jit, mma, plan, stacked, tiles
+from flute.kernels import choice, cuda, fused_cuda, jit, mma, plan, stacked, tiles
 from flute.kernels.hadamard import hadamard
-from flute.kernels.layout import pack_scales, pack_weight
+from flute.kernels.layout import TILE_ROWS, pack_scales, pack_weight
+from flute.kernels.tokens import gate, rms_norm
 from flute.spec import QuantSpec
 
 SHAPES = [(40, 640), (333, 777), (1, 64), (100, 1100)]
 TOKENS = [1, 9, 40, 130]
+# N, K and tokens of products with more around them: of the second K the norm asks for a part ahead only, and its last
+# chunk is not full; the third N has units for several rounds
+FUSED = [(96, 640, 4), (96, 4360, 3), (16480, 512, 1)]
+AROUND = [(True, False, False), (False, False, True), (True, True, False), (False, True, True)]  # norm, gates, residual
+EPS = 1e-5
 
 
 def kinds(m: int, n: int, k: int, bits: int, group: int, only_mma: bool) -> list[choice.Launch]:
@@ -98,6 +106,43 @@ def cut() -> int:
     return len(found)
 
 
+def fused_kinds(m: int, n: int, k: int, spec: QuantSpec, norm: bool, gated: bool) -> list[plan.Plan]:
+    """The best plan of every kind that `fused_cuda` may ask for, with few rounds and with more than two."""
+    best: dict[tuple[bool, ...], plan.Plan] = {}
+    for one in plan.candidates(cuda.gpu(0), m, n, k, spec.bits, spec.group(k)):
+        units = -(-n // (TILE_ROWS * one.row_tiles))
+        if one.row_tiles == 2 or (norm and not gated):
+            kind = (one.ways > 1, one.split > 1, one.row_tiles > 1, one.per_sm > 1)
+            best.setdefault((*kind, units > 2 * one.clusters * one.rows), one)
+    return list(best.values())
+
+
+def fused() -> int:
+    """The decode kernel with what a decoder block does around a product; returns the launches."""
+    if not cuda.gpu(0).has_clusters:
+        return 0
+    launches = 0
+    for (rows, k, m), (bits, group) in product(FUSED, ((4, 64), (3, 32), (2, -1))):
+        dtype, spec = torch.bfloat16 if group == 64 else torch.float16, QuantSpec(bits, group, "custom")
+        for norm, gated, add in AROUND:
+            n = rows if gated else rows - 9  # without gates the last tile may be a part of one
+            problem = Problem(Case(n, k, spec, dtype))
+            x, bias = (torch.randn(*size, device="cuda").to(dtype) / 8 for size in ((m, k), (n,)))
+            gain = torch.rand(k, device="cuda").to(dtype) if norm else None
+            residual = torch.randn(m, n // 2 if gated else n, device="cuda").to(dtype) if add else None
+            right = problem.exact(x if gain is None else rms_norm(x, gain, EPS), bias).to(dtype)
+            right = gate(right) if gated else right
+            right = right if residual is None else residual + right
+            for forced in fused_kinds(m, n, k, spec, norm, gated):
+                macros = (("NORM", int(norm)), ("GATED", int(gated)))
+                launch = cuda._prepare_decode((0, m, n, k, bits, spec.group(k), group == 64), forced, macros)
+                y = fused_cuda.run(launch, x, *problem.given, problem.table, bias, gain, EPS, gated, residual)
+                bound = 2e-3 if dtype == torch.float16 else 1.2e-2  # a few roundings, as in tests/test_fused.py
+                assert relative(y, right.double()) < bound, (forced, norm, gated, add, relative(y, right.double()))
+                launches += 1
+    return launches
+
+
 def all_arrive() -> None:
     """From now on, kernels are compiled in which every lane of a reading warp frees a slot of a ring.
 
@@ -136,12 +181,14 @@ def main() -> None:
     parser.add_argument("--grouped", action="store_true", help="stacks of experts only")
     parser.add_argument("--mma", action="store_true", help="the mma kernel alone")
     parser.add_argument("--cut", action="store_true", help="tiles cut along K only")
+    parser.add_argument("--fused", action="store_true", help="the decode kernel with norm, gates and residual only")
     parser.add_argument("--all-arrive", action="store_true", help="for racecheck: every lane frees slots")
     arguments = parser.parse_args()
     if arguments.all_arrive:
         all_arrive()
-    shapes = [] if arguments.grouped or arguments.cut else SHAPES[:1] if arguments.quick else SHAPES
-    launches = grouped() if arguments.grouped else cut() if arguments.cut else rotations() + cut()
+    only = [run for run in (grouped, cut, fused) if getattr(arguments, run.__name__)]
+    shapes = [] if only else SHAPES[:1] if arguments.quick else SHAPES
+    launches = sum(run() for run in only or (rotations, cut, fused))
     for n, k in shapes:
         for bits in (2, 3, 4):
             for group, vector in ((32, 1), (64, 1), (128, 2 if k % 2 == 0 else 1), (-1, 1)):
