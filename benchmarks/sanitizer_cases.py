@@ -7,8 +7,9 @@ cuda-bindings probes the driver for functions it may lack, which memcheck report
 Without torch's caching allocator every tensor is an allocation of its own: a read past its end is seen. Plans are
 forced, one of every kind: alone, sharing K among warps, among blocks of a cluster, both, and several passes. At 130
 tokens only the matmul and mma kernels have plans. ``--grouped`` runs stacks of experts instead, empty ones among them,
-with more tiles than blocks. ``--cut`` runs tiles cut along K only, ``--fused`` only the decode kernel with a norm,
-gates and a residual around the product, whose rehearsed loop goes several rounds in some of its plans.
+with more tiles than blocks. ``--cut`` runs tiles cut along K only, ``--attention`` attention of decode steps, ``--fused``
+only the decode kernel with a norm, gates and a residual around the product, whose rehearsed loop goes several rounds in
+some of its plans.
 
 Slots of the rings of the matmul and mma kernels are freed by one lane's arrival behind ``__syncwarp``, an order that
 racecheck does not follow: it calls every later copy into the slot a hazard. ``--all-arrive`` compiles the same kernels
@@ -25,6 +26,7 @@ import torch
 from flute.bench.correctness import Case, Problem, relative
 from flute.hadamard import transform
 from flute.kernels import choice, cuda, fused_cuda, jit, mma, plan, stacked, tiles
+from flute.kernels.decode_attention import decode_attention
 from flute.kernels.hadamard import hadamard
 from flute.kernels.layout import TILE_ROWS, pack_scales, pack_weight
 from flute.kernels.tokens import gate, rms_norm
@@ -143,6 +145,21 @@ def fused() -> int:
     return launches
 
 
+def attention() -> int:
+    """Decode attention: alone, parts in a cluster, parts in memory; masks that hide whole steps, and all."""
+    launches = 0
+    for positions, tokens, dim in ((77, 3, 128), (77, 1, 40), (1101, 1, 64), (1101, 8, 192), (16777, 1, 64)):
+        query = torch.randn(2, 6, tokens, dim, device="cuda").half()
+        key, value = torch.randn(2, 2, 2, positions, dim, device="cuda").half()
+        for share in (None, 0.9, 0.01, 0.0):
+            mask = None if share is None else torch.rand(2, 1, tokens, positions, device="cuda") < share
+            y = decode_attention(query, key, value, mask, 0.1)
+            wanted = decode_attention(query.float(), key.float(), value.float(), mask, 0.1)
+            assert (y - wanted).abs().max() < 0.01, (positions, tokens, dim, share)
+            launches += 1
+    return launches
+
+
 def all_arrive() -> None:
     """From now on, kernels are compiled in which every lane of a reading warp frees a slot of a ring.
 
@@ -182,13 +199,14 @@ def main() -> None:
     parser.add_argument("--mma", action="store_true", help="the mma kernel alone")
     parser.add_argument("--cut", action="store_true", help="tiles cut along K only")
     parser.add_argument("--fused", action="store_true", help="the decode kernel with norm, gates and residual only")
+    parser.add_argument("--attention", action="store_true", help="attention of decode steps only")
     parser.add_argument("--all-arrive", action="store_true", help="for racecheck: every lane frees slots")
     arguments = parser.parse_args()
     if arguments.all_arrive:
         all_arrive()
-    only = [run for run in (grouped, cut, fused) if getattr(arguments, run.__name__)]
+    only = [run for run in (grouped, cut, fused, attention) if getattr(arguments, run.__name__)]
     shapes = [] if only else SHAPES[:1] if arguments.quick else SHAPES
-    launches = sum(run() for run in only or (rotations, cut, fused))
+    launches = sum(run() for run in only or (rotations, cut, fused, attention))
     for n, k in shapes:
         for bits in (2, 3, 4):
             for group, vector in ((32, 1), (64, 1), (128, 2 if k % 2 == 0 else 1), (-1, 1)):

@@ -130,8 +130,6 @@ def test_no_spills(arch: str) -> None:
 
 # ---- GPU -------------------------------------------------------------------------------------------------------------
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-
 
 def bound(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
@@ -143,7 +141,7 @@ def bound(
     return wanted, HALF_ULP[query.dtype] * (size + wanted.abs()) + 1e-4 * size
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", list(HALF_ULP), ids=str)
 @pytest.mark.parametrize("dims", [(64, 64), (80, 80), (128, 128), (192, 128), (192, 192), (8, 40)], ids=str)
 @pytest.mark.parametrize(("batch", "heads", "group", "tokens", "positions"), [
@@ -165,7 +163,7 @@ def test_kernel(
         assert torch.equal(decode_attention(query, key, value, mask, dims[0] ** -0.5), y)
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("positions", [40, 3000, 30000])
 def test_who_sees_one_position_gets_its_value(positions: int) -> None:
     query, key, value = given(3, 4, 4, 2, positions, (128, 128), torch.bfloat16, "cuda")
@@ -176,7 +174,7 @@ def test_who_sees_one_position_gets_its_value(positions: int) -> None:
         assert torch.equal(y[b, t], value[b, :, at[b, t]].repeat_interleave(4, 0))
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_any_strides() -> None:
     """A static cache cut short, queries of a fused product, keys that lie token by token, odd places, a mask's rows."""
     query, key, value = given(2, 4, 2, 3, 50, (64, 64), torch.float16, "cuda")
@@ -195,7 +193,7 @@ def test_any_strides() -> None:
         assert torch.equal(decode_attention(one, two, three, wide[..., :50], 0.1), y)
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_a_graph_replays_the_same_bits() -> None:
     query, key, value = given(1, 8, 4, 1, 3000, (128, 128), torch.bfloat16, "cuda")
     mask = causal(1, 3000, 5).cuda()[None, None]
@@ -212,7 +210,7 @@ def test_a_graph_replays_the_same_bits() -> None:
     assert torch.equal(y, decode_attention(query, key, value, mask, 0.1)) and not torch.equal(y, wanted)
 
 
-@needs_gpu
+@pytest.mark.gpu
 @torch.no_grad()
 def test_a_compiled_model() -> None:
     """A static cache under torch.compile, as ``generate`` makes it: the same as torch's attention."""
