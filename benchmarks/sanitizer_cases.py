@@ -7,7 +7,7 @@ cuda-bindings probes the driver for functions it may lack, which memcheck report
 Without torch's caching allocator every tensor is an allocation of its own: a read past its end is seen. Plans are
 forced, one of every kind: alone, sharing K among warps, among blocks of a cluster, both, and several passes. At 130
 tokens only the matmul and mma kernels have plans. ``--grouped`` runs stacks of experts instead, empty ones among them,
-with more tiles than blocks. ``--cut`` runs tiles cut along K only, ``--attention`` attention of decode steps, ``--fused``
+with more tiles than blocks. ``--cut`` runs tiles cut along K only, ``--attention`` attention alone, ``--fused``
 only the decode kernel with a norm, gates and a residual around the product, whose rehearsed loop goes several rounds in
 some of its plans.
 
