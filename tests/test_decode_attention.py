@@ -71,10 +71,10 @@ def test_parts_fill_a_gpu() -> None:
     h100, old = GPUS["H100"], GPUS["A100"]
     assert attention_cuda.decode_parts(8, 64, h100) == (8, 8, True)
     assert attention_cuda.decode_parts(8, 8, h100) == (8, 1, True)
-    assert attention_cuda.decode_parts(8, 2048, h100) == (4, 33, False)
+    assert attention_cuda.decode_parts(8, 2048, h100) == (8, 16, False)
     assert attention_cuda.decode_parts(128, 2048, h100) == (8, 1, True)
     assert attention_cuda.decode_parts(512, 2048, h100) == (4, 1, True)
-    assert attention_cuda.decode_parts(8, 64, old) == (4, 16, False)
+    assert attention_cuda.decode_parts(8, 64, old) == (8, 8, False)
 
 
 # ---- transformers ----------------------------------------------------------------------------------------------------

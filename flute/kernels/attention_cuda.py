@@ -21,7 +21,6 @@ _TOGETHER = (8, 4, 2)
 _MOST_STEPS = 4  # of a warp, before more parts than that pay for a second launch
 _MOST_DIM = 256
 _MOST_DECODE_DIM = 192  # more would spill registers
-_MOST_ROUNDS = 8  # of steps of a warp of decode_attention.cu, before more warps pay for a second launch
 
 
 def takes(dtype: torch.dtype, key_dim: int, value_dim: int, slots: int, paged: bool) -> bool:
@@ -184,21 +183,22 @@ def _decode_tiles(key_dim: int, value_dim: int) -> int:
 def decode_parts(blocks: int, steps: int, gpu: Gpu) -> tuple[int, int, bool]:
     """Warps of a block, in how many parts the positions are cut, and whether these meet in a cluster.
 
-    Of all cuts of which ``blocks`` run at once, one with the fewest rounds of ``steps``, and of these the one with the
-    fewest parts, which must meet. Long caches are cut into as many parts as run at once, added by a second launch.
+    Of all cuts of which ``blocks`` run at once the quickest by an estimate in tenths of microseconds, read off
+    ``benchmarks/results/decode_attention_cuts_h100.txt``: a round of one step a warp takes longer the more warps an SM
+    has, meeting costs once, and a second launch, which adds more parts than a cluster holds, more.
     """
-    clusters = gpu.clusters if gpu.has_clusters else ((1, gpu.sms),)
-    cuts = [
-        (ceil(steps / (warps * parts)), parts, warps)
-        for warps, per_sm in ((2 * _WARPS, 1), (_WARPS, _BLOCKS_PER_SM))
-        for parts, at_once in clusters
-        if blocks <= per_sm * at_once
-    ]
-    rounds, splits, warps = min(cuts, default=(0, 1, _WARPS))
-    most = min(_BLOCKS_PER_SM * gpu.sms // blocks, ceil(steps / _WARPS))
-    if most * _WARPS > splits * warps and (rounds > _MOST_ROUNDS or not gpu.has_clusters):
-        return _WARPS, most, False
-    return warps, splits, True
+    cuts = []
+    for warps, per_sm in ((2 * _WARPS, 1), (_WARPS, _BLOCKS_PER_SM)):
+        for parts, at_once in gpu.clusters if gpu.has_clusters else ((1, gpu.sms),):
+            if blocks <= per_sm * at_once:
+                on_sm = warps * ceil(blocks * parts / gpu.sms)
+                rounds = max(1.0, steps / (parts * warps))
+                cuts.append((rounds * (16 + on_sm) + (13 + 0.3 * parts) * (parts > 1), warps, parts, True))
+    most = min(gpu.sms // blocks, ceil(steps / (2 * _WARPS)))
+    if most > 1:
+        rounds = max(1.0, steps / (most * 2 * _WARPS))
+        cuts.append((rounds * (16 + 2 * _WARPS) + 45, 2 * _WARPS, most, False))
+    return min(cuts, default=(0, _WARPS, 1, True))[1:]
 
 
 @lru_cache(maxsize=256)

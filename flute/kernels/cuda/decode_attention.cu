@@ -16,6 +16,8 @@
 //
 // Host macros: BF16, KEY_DIM, VALUE_DIM (multiples of 8), WARPS, TILES (of 16 positions, in a step).
 
+static_assert(TILES <= 2, "a lane looks at one position of a step");
+
 constexpr int STEP = 16 * TILES, PIECES = KEY_DIM / 8, OWN = (PIECES + 3) / 4;  // pieces of a key; a lane's
 constexpr int VALUE_PIECES = VALUE_DIM / 8, TURNS = (VALUE_PIECES + 7) / 8;     // of a value; a lane's
 
@@ -39,15 +41,12 @@ struct Mask {
     return position < positions && (!bytes || bytes[token * apart + position]);
   }
 
-  __device__ __forceinline__ bool shows_any(int step) const {
-    if (!bytes) return step * STEP < positions;
-    u32 seen = 0;
+  // Whether somebody sees something of a step; for a whole warp.
+  __device__ __forceinline__ bool shows_any(int step, int lane) const {
+    bool seen = false;
 #pragma unroll 1
-    for (int token = 0; token < tokens; ++token) {
-#pragma unroll
-      for (int i = 0; i < STEP; ++i) seen |= shows(token, step * STEP + i);
-    }
-    return seen;
+    for (int token = 0; token < (bytes ? tokens : 1); ++token) seen |= lane < STEP && shows(token, step * STEP + lane);
+    return __any_sync(~0u, seen);
   }
 };
 
@@ -59,7 +58,11 @@ struct Steps {
   __device__ __forceinline__ int next(const Mask& mask, int lane) {
     while (!found) {
       if (first * STEP >= mask.positions) return -1;
-      found = __ballot_sync(~0u, mask.shows_any(first + lane * stride));
+#pragma unroll 4
+      for (int i = 0; i < 32; ++i) {
+        if ((first + i * stride) * STEP >= mask.positions) break;
+        found |= (u32)mask.shows_any(first + i * stride, lane) << i;
+      }
       first += 32 * stride;
     }
     const int number = __ffs(found) - 1;
