@@ -14,6 +14,7 @@ from . import cuda
 from .plan import Gpu
 
 _MOST_WARPS = 32
+_SHORT_TOKENS = 1  # for more, layers are not quicker with little code (docs/kernel-log.md, section 16)
 _BLOCKS_PER_SM = 8  # more find no room in shared memory, or nothing to do
 _CLUSTERS = (8, 4, 2)  # blocks that may share a token
 
@@ -76,20 +77,16 @@ class Problem:
         made = replace(self, cluster=next(fitting, 1))
         return made if made.room(gpu.shared_bytes) else self
 
-    def rehearses(self, blocks: int, gpu: Gpu) -> bool:
-        """Whether ``blocks`` run their code before they wait for x: on Hopper, where each has an SM for itself."""
-        return gpu.arch == "sm_90" and (self.turn or self.cluster > 2) and blocks <= gpu.sms
-
     def macros(
-        self, bits: int, symmetric: bool, room: int = 2, blocks: int = 1, short: bool = False, rehearses: bool = False
+        self, bits: int, symmetric: bool, room: int = 2, blocks: int = 1, short: bool = False
     ) -> tuple[tuple[str, int], ...]:
         """What ``kronecker.cu`` is compiled with; bits 0 writes the transformed token itself."""
         rows, columns = self.warp_tiles
         values = {
             "RANGES": 1, "BF16": self.bf16, "N1": self.n1, "N2": self.n2, "LEFT": self.left, "RIGHT": self.right,
             "NORM": self.norm, "GATED": self.gated, "TURN": self.turn, "CLUSTER": self.cluster, "ROWS": rows,
-            "COLUMNS": columns, "ROOM": room, "BLOCKS": blocks, "SHORT": short, "REHEARSES": rehearses,
-            "BITS_OUT": bits, "SYMMETRIC": symmetric,
+            "COLUMNS": columns, "ROOM": room, "BLOCKS": blocks, "SHORT": short, "BITS_OUT": bits,
+            "SYMMETRIC": symmetric,
         }  # fmt: skip
         return tuple((name, int(value)) for name, value in values.items())
 
@@ -116,7 +113,7 @@ def problem(
 
 
 @lru_cache(maxsize=1024)
-def _kernel(device: int, found: Problem, bits: int, symmetric: bool, many: bool, rehearses: bool) -> tuple[Any, int]:
+def _kernel(device: int, found: Problem, bits: int, symmetric: bool, many: bool, short: bool) -> tuple[Any, int]:
     """The kernel and its shared memory. With many tokens two blocks of an SM hide waits, with few code is short."""
     shared, blocks = cuda._shared_bytes(device), 2
     room = found.room(shared // 2 - 1024) if many and found.warps <= _MOST_WARPS // 2 else None
@@ -124,7 +121,7 @@ def _kernel(device: int, found: Problem, bits: int, symmetric: bool, many: bool,
         room, blocks = found.room(shared), 1
     assert room is not None, "`problem` and `shared_among` have asked"
     name = "turn_heads" if found.turn else "kronecker"
-    macros = found.macros(bits, symmetric, room, blocks, not many, rehearses)
+    macros = found.macros(bits, symmetric, room, blocks, short)
     kernel = cuda._kernel(device, "kronecker.cu", macros, name)
     return kernel, found.shared_bytes(room)
 
@@ -144,8 +141,7 @@ def _transform(
     device, m = x.get_device(), outputs[0].numel() // (found.n1 * found.n2)
     gpu = cuda.gpu(device)
     found = found.shared_among(m, gpu)
-    many, rehearses = m > 2 * gpu.sms, False
-    kernel, shared = _kernel(device, found, bits, symmetric, many, rehearses)
+    kernel, shared = _kernel(device, found, bits, symmetric, m > 2 * gpu.sms, m <= _SHORT_TOKENS)
     x = cuda._aligned(x)
     # copies that must be made live until the launch
     factors = [None if one is None else cuda._aligned(one) for one in (left, right)]
@@ -231,8 +227,8 @@ def turn_heads(
     device, gpu = q.get_device(), cuda.gpu(q.get_device())
     units, tokens = (q.shape[-2] // found.n1, k.shape[-2] // found.n1), q.numel() // (q.shape[-2] * q.shape[-1])
     blocks = (min(tokens * units[0], _BLOCKS_PER_SM * gpu.sms), 2)  # of queries; of keys
-    many, rehearses = tokens > 2 * gpu.sms, False
-    kernel, shared = _kernel(device, found, 0, True, many, rehearses)
+    many = tokens > 2 * gpu.sms
+    kernel, shared = _kernel(device, found, 0, True, many, not many)
     config = cuda._config(blocks, 32 * found.warps, shared, 1, gpu.has_clusters)
     outputs = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     # copies that must be made live until the launch

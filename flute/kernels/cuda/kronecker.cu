@@ -15,12 +15,10 @@
 //
 // For one token a launch runs its code once, and what counts is how little of it there is. SHORT: blocks have about one
 // token, so few loops are unrolled, no token is fetched early, and a warp that has one tile makes codes of the sums that
-// it holds. Among other kernels the code lies in no cache, either, and is waited for piece by piece. So a launch that
-// REHEARSES first runs it on whatever lies in shared memory, while the kernel in front still runs: nothing that launches
-// write is read then, and nothing is written for others.
+// it holds.
 //
 // Host macros: BF16, RANGES, N1, N2, LEFT, RIGHT, NORM, GATED, TURN (whether there is one), CLUSTER, ROWS, COLUMNS, ROOM,
-// BLOCKS (that an SM is to hold), SHORT, REHEARSES, BITS_OUT (0: z itself, rounded), SYMMETRIC.
+// BLOCKS (that an SM is to hold), SHORT, BITS_OUT (0: z itself, rounded), SYMMETRIC.
 
 constexpr int P1 = (N1 + 15) / 16 * 16, P2 = (N2 + 15) / 16 * 16, TILES1 = P1 / 16, TILES2 = P2 / 16 / CLUSTER;
 constexpr int ACROSS = (TILES2 + COLUMNS - 1) / COLUMNS, WARPS = (TILES1 + ROWS - 1) / ROWS * ACROSS, THREADS = 32 * WARPS;
@@ -38,7 +36,6 @@ constexpr bool DIRECT = SHORT && ROWS * COLUMNS == 1 && N2 % 2 == 0;  // whether
 
 static_assert(ROOM > 0 || (RIGHT && P2 >= P1), "z lies over right and x");
 static_assert(CLUSTER == 1 || (N2 % (16 * CLUSTER) == 0 && ROOM > 0), "each block has whole tiles");
-static_assert(!REHEARSES || (SHORT && (ROOM > 0 || DIRECT)), "a rehearsal is short, and leaves right as it is");
 
 #if SHORT
 #define SHORT_LOOP _Pragma("unroll 1")
@@ -103,13 +100,13 @@ __device__ __forceinline__ uint4 gated(uint4 gate, uint4 up) {
 }
 
 // The same of a token, into padded rows; gate and up are neighbours. In a cluster each block does every CLUSTER-th run and
-// stores it in all blocks; they must have begun, and must meet before x is read. Unless it is there, zeros are gated.
-__device__ __forceinline__ void gate(u16* x, const u16* gates, u32 rank, bool there) {
+// stores it in all blocks; they must have begun, and must meet before x is read.
+__device__ __forceinline__ void gate(u16* x, const u16* gates, u32 rank) {
   SHORT_LOOP
   for (int i = threadIdx.x * CLUSTER + rank; i < P1 * P2 / RUN; i += THREADS * CLUSTER) {
     const int row = i / (P2 / RUN), column = i % (P2 / RUN) * RUN;
     Run<u16> first = {}, second = {};
-    if (there && row < N1 && column < N2) {
+    if (row < N1 && column < N2) {
       first = *(const Run<u16>*)(gates + row * N2 + column);
       second = *(const Run<u16>*)(gates + SIZE + row * N2 + column);
     }
@@ -131,8 +128,8 @@ __device__ __forceinline__ void gate(u16* x, const u16* gates, u32 rank, bool th
   }
 }
 
-// x / sqrt(mean(x^2) + eps), rounded, times the weight, rounded. Unless it is there, the squares add up to 1.
-__device__ __forceinline__ void normalize(u16* x, const u16* weight, float eps, float* scratch, bool there) {
+// x / sqrt(mean(x^2) + eps), rounded, times the weight, rounded.
+__device__ __forceinline__ void normalize(u16* x, const u16* weight, float eps, float* scratch) {
   float sum = 0.0f;
   SHORT_LOOP
   for (int i = threadIdx.x; i < SIZE / RUN; i += THREADS) {
@@ -141,7 +138,6 @@ __device__ __forceinline__ void normalize(u16* x, const u16* weight, float eps, 
     for (int e = 0; e < RUN; ++e) sum = __fmaf_rn(wide(run.values[e]), wide(run.values[e]), sum);
   }
   sum = reduce_block<WARPS, false>(sum, scratch);
-  if (!there) sum = 1.0f;
   const float mean = SIZE & (SIZE - 1) ? __fdiv_rn(sum, (float)SIZE) : __fmul_rn(sum, 1.0f / SIZE);
   const float factor = __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(mean, eps)));
   SHORT_LOOP
@@ -251,18 +247,17 @@ __device__ __forceinline__ void run(const Work& work) {
   const u32 shared = shared_address(memory), rank = CLUSTER == 1 ? 0 : blockIdx.x % CLUSTER, first_column = rank * PART;
   float *scratch = (float*)(memory + REDUCE_AT), *z = (float*)(memory + Z_AT);
   u16 *x = (u16*)(memory + X_AT), *cos = (u16*)(memory + ANGLES_AT), *sin = cos + PITCH2;
-  // A token; unless it is there, zeros.
-  const auto fetch = [&](u32 token, bool there) {
+  const auto fetch = [&](u32 token) {
     const u32 place = TURN ? token / work.units : token;
     const u16* from = work.x + place * work.apart + (WHOLE ? 0 : first_column);
     if (TURN) {
       const u64 angle = (u64)(place % work.angles) * N2;
-      copy_matrix((u8*)cos, work.cos + angle, there, N2, 1, PITCH2, N2);
-      copy_matrix((u8*)sin, work.sin + angle, there, N2, 1, PITCH2, N2);
+      copy_matrix((u8*)cos, work.cos + angle, 1, N2, 1, PITCH2, N2);
+      copy_matrix((u8*)sin, work.sin + angle, 1, N2, 1, PITCH2, N2);
       from += (token - place * work.units) * SIZE;
     }
-    if (GATED) gate(x, from, rank, there);
-    else copy_matrix((u8*)x, from, there ? N1 : 0, WHOLE ? N2 : PART, P1, X_PITCH, N2);
+    if (GATED) gate(x, from, rank);
+    else copy_matrix((u8*)x, from, N1, WHOLE ? N2 : PART, P1, X_PITCH, N2);
     commit_copies();
   };
   const auto fetch_right = [&] { copy_matrix(memory + RIGHT_AT, work.right + first_column, N2, PART, P2, PITCH, N2); };
@@ -279,18 +274,17 @@ __device__ __forceinline__ void run(const Work& work) {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");  // all blocks of the cluster have begun
 #endif
   [[maybe_unused]] const Ratios ratios(work.clip);
-  bool ready = !REHEARSES;  // for a token; in a rehearsal numbers are any, and those that a division depends on are given
-  if (ready) wait_for_last();
-  if (AHEAD && token < work.m) fetch(token, true);
+  wait_for_last();
+  if (AHEAD && token < work.m) fetch(token);
   while (token < work.m) {
-    if (!AHEAD) fetch(token, ready);
-    if (ready) wait_copies<0>();
+    if (!AHEAD) fetch(token);
+    wait_copies<0>();
 #if GATED
     meet();
 #else
     __syncthreads();
 #endif
-    if (NORM) normalize(x, (const u16*)(memory + WEIGHT_AT), work.eps, scratch, ready);
+    if (NORM) normalize(x, (const u16*)(memory + WEIGHT_AT), work.eps, scratch);
     if (TURN) turn(x, cos, sin);
     Sums sums;
     if (RIGHT) multiply<P2, false>(sums, shared + X_AT, PITCH2, shared + RIGHT_AT, PITCH, row_tile, column_tile, lane);
@@ -300,7 +294,7 @@ __device__ __forceinline__ void run(const Work& work) {
         *(u32*)(memory + Y_AT + (row * PITCH + column) * 2) = narrow_pair(pair.x, pair.y);
       });
       __syncthreads();
-      if (AHEAD && token + stride < work.m) fetch(token + stride, true);
+      if (AHEAD && token + stride < work.m) fetch(token + stride);
     }
     if (LEFT && RIGHT) multiply<P1, true>(sums, shared + LEFT_AT, PITCH1, shared + Y_AT, PITCH, row_tile, column_tile, lane);
     if (LEFT && !RIGHT) {
@@ -328,7 +322,7 @@ __device__ __forceinline__ void run(const Work& work) {
 #endif
     if (!DIRECT) {
       __syncthreads();  // all are done with x and y
-      if (AHEAD && !(RIGHT && LEFT) && token + stride < work.m) fetch(token + stride, true);
+      if (AHEAD && !(RIGHT && LEFT) && token + stride < work.m) fetch(token + stride);
       each(sums, row_tile, column_tile, lane, [&](float2 pair, int row, int column) {
         *(float2*)(z + row * PITCH + column) = pair;
       });
@@ -342,9 +336,8 @@ __device__ __forceinline__ void run(const Work& work) {
       low = fminf(low, one.x), high = fmaxf(high, one.y);
     }
     low = extreme_of_warp<false>(low), high = extreme_of_warp<true>(high);
-    if (!ready) low = -1.0f, high = 1.0f;
     const Range range = make_range<BITS_OUT, SYMMETRIC, false>(low, high, ratios);
-    if (threadIdx.x == 0 && rank == 0 && ready) {
+    if (threadIdx.x == 0 && rank == 0) {
       work.scale[token] = range.scale;
       if (!SYMMETRIC) work.zero[token] = (int)range.zero;
     }
@@ -355,13 +348,13 @@ __device__ __forceinline__ void run(const Work& work) {
     if (DIRECT) {
 #if BITS_OUT
       u8 codes[8];
-      make_codes<BITS_OUT>(codes, (const float(&)[8])sums, range, ready);
+      make_codes<BITS_OUT>(codes, (const float(&)[8])sums, range);
 #endif
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int row = 16 * row_tile + (lane >> 2) + i % 2 * 8, column = 16 * column_tile + i / 2 * 8 + 2 * (lane & 3);
         const u32 at = (row * N2 + first_column + column) / 2;
-        if (!ready || (P1 != N1 && row >= N1) || (P2 != N2 && column >= N2)) continue;
+        if ((P1 != N1 && row >= N1) || (P2 != N2 && column >= N2)) continue;
 #if BITS_OUT
         ((u16*)to)[at] = codes[2 * i] | codes[2 * i + 1] << 8;
 #else
@@ -375,20 +368,14 @@ __device__ __forceinline__ void run(const Work& work) {
         const Run<float> run = *(const Run<float>*)(z + row * PITCH + piece * RUN);
 #if BITS_OUT
         Run<u8> made;
-        make_codes<BITS_OUT>(made.values, run.values, range, ready);
+        make_codes<BITS_OUT>(made.values, run.values, range);
 #else
         Run<u16> made;
 #pragma unroll
         for (int e = 0; e < RUN; ++e) made.values[e] = narrow(run.values[e]);
 #endif
-        if (ready) to[CLUSTER == 1 ? i : row * (N2 / RUN) + first_column / RUN + piece] = made;
+        to[CLUSTER == 1 ? i : row * (N2 / RUN) + first_column / RUN + piece] = made;
       }
-    }
-    if (REHEARSES && !ready) {
-      ready = true;
-      wait_copies<0>();
-      wait_for_last();
-      continue;
     }
     token += stride;
     if (!AHEAD && token < work.m) {

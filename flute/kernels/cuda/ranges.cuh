@@ -26,11 +26,9 @@ __device__ __forceinline__ Range make_range(float low, float high, const Ratios&
 }
 
 // The codes that division gives. A quotient made with the inverse is at most 1.5 ulp off, which matters next to halves only;
-// and one so large that it errs more than `doubt` is clamped either way. Rounding is an addition: 1.5 * 2^23. Unless it
-// `divides`, next to halves any code will do.
+// and one so large that it errs more than `doubt` is clamped either way. Rounding is an addition: 1.5 * 2^23.
 template <int Bits, int Count>
-__device__ __forceinline__ void make_codes(u8 (&codes)[Count], const float (&values)[Count], const Range& range,
-                                           bool divides = true) {
+__device__ __forceinline__ void make_codes(u8 (&codes)[Count], const float (&values)[Count], const Range& range) {
   constexpr int HALF = 1 << (Bits - 1);
   constexpr float ROUND = 12582912.0f, MOST = 1048576.0f;
   float nearest[Count];
@@ -41,7 +39,7 @@ __device__ __forceinline__ void make_codes(u8 (&codes)[Count], const float (&val
     nearest[i] = __fadd_rn(__fadd_rn(quotient, ROUND), -ROUND);
     doubtful |= !(fabsf(quotient - nearest[i]) < 0.5f - range.doubt);
   }
-  if (doubtful && divides) {  // seldom: one division in a loop, through which the values are turned
+  if (doubtful) {  // seldom: one division in a loop, through which the values are turned
     float turned[Count];
 #pragma unroll
     for (int i = 0; i < Count; ++i) turned[i] = values[i];
