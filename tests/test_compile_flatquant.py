@@ -43,7 +43,9 @@ def test_transforms(arch: str) -> None:
     shared = gated.shared_among(1, GPUS["H100"]), Problem(64, 64, True, True, True, True).shared_among(4, GPUS["H100"])
     for made in (gated, heads, *(shared if arch == "sm_90" else ())):
         assert made.cluster > 1 or made not in shared
-        assert not complaints(report("kronecker.cu", dict(made.macros(0 if made.turn else 4, True)), arch)), made
+        for short in (False, True):
+            macros = made.macros(0 if made.turn else 4, True, short=short)
+            assert not complaints(report("kronecker.cu", dict(macros), arch)), made
     plain = {"RANGES": 1, "BF16": 0, "BITS_OUT": 4, "SYMMETRIC": 0}
     assert not complaints(report("quantize.cu", plain, arch))
 

@@ -14,6 +14,7 @@ from . import cuda
 from .plan import Gpu
 
 _MOST_WARPS = 32
+_SHORT_TOKENS = 1  # for more, layers are not quicker with little code (docs/kernel-log.md, section 16)
 _BLOCKS_PER_SM = 8  # more find no room in shared memory, or nothing to do
 _CLUSTERS = (8, 4, 2)  # blocks that may share a token
 
@@ -54,10 +55,14 @@ class Problem:
         return math.prod(-(-all_ // mine) for all_, mine in zip(self.tiles, self.warp_tiles, strict=True))
 
     def shared_bytes(self, room: int) -> int:
-        """Factors, a token, the norm's weight, what is made, rows padded; three floats a warp, two a block."""
-        padded1, padded2 = 16 * self.tiles[0], 16 * self.tiles[1] * self.cluster
-        factors = self.left * padded1 * (padded1 + 8) + self.right * padded2 * (padded2 + 8)
-        return 2 * (factors + (1 + self.norm + room) * padded1 * (padded2 + 8)) + 12 * self.warps + 8 * self.cluster
+        """Factors, a token, the norm's weight, what is made, angles, rows padded; a warp's sum, and ranges of all."""
+        padded1, part = 16 * self.tiles[0], 16 * self.tiles[1]
+        padded2 = part * self.cluster
+        factors = self.left * padded1 * (padded1 + 8) + self.right * padded2 * (part + 8)
+        whole = self.cluster == 1 or self.right or self.norm or self.gated  # a block needs all of x
+        tokens = (1 + self.norm) * padded1 * ((padded2 if whole else part) + 8) + room * padded1 * (part + 8)
+        angles = self.turn * 2 * (padded2 + 8)
+        return 2 * (factors + tokens + angles) + (4 + 8 * self.cluster) * self.warps
 
     def room(self, shared: int) -> int | None:
         """``ROOM`` of kronecker.cu in ``shared`` bytes; None if they do not do, or there would be too many warps."""
@@ -72,13 +77,16 @@ class Problem:
         made = replace(self, cluster=next(fitting, 1))
         return made if made.room(gpu.shared_bytes) else self
 
-    def macros(self, bits: int, symmetric: bool, room: int = 2, blocks: int = 1) -> tuple[tuple[str, int], ...]:
+    def macros(
+        self, bits: int, symmetric: bool, room: int = 2, blocks: int = 1, short: bool = False
+    ) -> tuple[tuple[str, int], ...]:
         """What ``kronecker.cu`` is compiled with; bits 0 writes the transformed token itself."""
         rows, columns = self.warp_tiles
         values = {
             "RANGES": 1, "BF16": self.bf16, "N1": self.n1, "N2": self.n2, "LEFT": self.left, "RIGHT": self.right,
             "NORM": self.norm, "GATED": self.gated, "TURN": self.turn, "CLUSTER": self.cluster, "ROWS": rows,
-            "COLUMNS": columns, "ROOM": room, "BLOCKS": blocks, "BITS_OUT": bits, "SYMMETRIC": symmetric,
+            "COLUMNS": columns, "ROOM": room, "BLOCKS": blocks, "SHORT": short, "BITS_OUT": bits,
+            "SYMMETRIC": symmetric,
         }  # fmt: skip
         return tuple((name, int(value)) for name, value in values.items())
 
@@ -105,15 +113,16 @@ def problem(
 
 
 @lru_cache(maxsize=1024)
-def _kernel(device: int, found: Problem, bits: int, symmetric: bool, many: bool) -> tuple[Any, int]:
-    """The kernel and its shared memory. With many tokens two blocks on an SM hide each other's waits."""
+def _kernel(device: int, found: Problem, bits: int, symmetric: bool, many: bool, short: bool) -> tuple[Any, int]:
+    """The kernel and its shared memory. With many tokens two blocks of an SM hide waits, with few code is short."""
     shared, blocks = cuda._shared_bytes(device), 2
     room = found.room(shared // 2 - 1024) if many and found.warps <= _MOST_WARPS // 2 else None
     if room is None:
         room, blocks = found.room(shared), 1
     assert room is not None, "`problem` and `shared_among` have asked"
     name = "turn_heads" if found.turn else "kronecker"
-    kernel = cuda._kernel(device, "kronecker.cu", found.macros(bits, symmetric, room, blocks), name)
+    macros = found.macros(bits, symmetric, room, blocks, short)
+    kernel = cuda._kernel(device, "kronecker.cu", macros, name)
     return kernel, found.shared_bytes(room)
 
 
@@ -132,7 +141,7 @@ def _transform(
     device, m = x.get_device(), outputs[0].numel() // (found.n1 * found.n2)
     gpu = cuda.gpu(device)
     found = found.shared_among(m, gpu)
-    kernel, shared = _kernel(device, found, bits, symmetric, m > 2 * gpu.sms)
+    kernel, shared = _kernel(device, found, bits, symmetric, m > 2 * gpu.sms, m <= _SHORT_TOKENS)
     x = cuda._aligned(x)
     # copies that must be made live until the launch
     factors = [None if one is None else cuda._aligned(one) for one in (left, right)]
@@ -218,7 +227,8 @@ def turn_heads(
     device, gpu = q.get_device(), cuda.gpu(q.get_device())
     units, tokens = (q.shape[-2] // found.n1, k.shape[-2] // found.n1), q.numel() // (q.shape[-2] * q.shape[-1])
     blocks = (min(tokens * units[0], _BLOCKS_PER_SM * gpu.sms), 2)  # of queries; of keys
-    kernel, shared = _kernel(device, found, 0, True, tokens > 2 * gpu.sms)
+    many = tokens > 2 * gpu.sms
+    kernel, shared = _kernel(device, found, 0, True, many, not many)
     config = cuda._config(blocks, 32 * found.warps, shared, 1, gpu.has_clusters)
     outputs = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     # copies that must be made live until the launch

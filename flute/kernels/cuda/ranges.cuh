@@ -39,13 +39,21 @@ __device__ __forceinline__ void make_codes(u8 (&codes)[Count], const float (&val
     nearest[i] = __fadd_rn(__fadd_rn(quotient, ROUND), -ROUND);
     doubtful |= !(fabsf(quotient - nearest[i]) < 0.5f - range.doubt);
   }
-  if (doubtful) {
+  if (doubtful) {  // seldom: one division in a loop, through which the values are turned
+    float turned[Count];
 #pragma unroll
-    for (int i = 0; i < Count; ++i) nearest[i] = rintf(__fdiv_rn(values[i], range.scale));
+    for (int i = 0; i < Count; ++i) turned[i] = values[i];
+#pragma unroll 1
+    for (int turn = 0; turn < Count; ++turn) {
+      const float made = rintf(__fdiv_rn(turned[0], range.scale));
+#pragma unroll
+      for (int i = 1; i < Count; ++i) turned[i - 1] = turned[i], nearest[i - 1] = nearest[i];
+      nearest[Count - 1] = made;
+    }
   }
 #pragma unroll
-  for (int i = 0; i < Count; ++i) {
-    codes[i] = (u8)(int)fminf(fmaxf(nearest[i] + range.zero, (float)-HALF), (float)(HALF - 1));
+  for (int i = 0; i < Count; ++i) {  // the last bits of a code and 1.5 * 2^23 are the code
+    codes[i] = (u8)__float_as_uint(fminf(fmaxf(nearest[i] + range.zero, (float)-HALF), (float)(HALF - 1)) + ROUND);
   }
 }
 
@@ -57,6 +65,15 @@ __device__ __forceinline__ float reduce_warp(float value) {
     value = Maximum ? fmaxf(value, other) : value + other;
   }
   return value;
+}
+
+// The largest, or smallest, of a warp's numbers, none of them NaN: as integers of the same order.
+template <bool Maximum>
+__device__ __forceinline__ float extreme_of_warp(float value) {
+  const int bits = __float_as_int(value);
+  int found = bits ^ (bits >> 31 & 0x7fffffff);
+  found = Maximum ? __reduce_max_sync(~0u, found) : __reduce_min_sync(~0u, found);
+  return __int_as_float(found ^ (found >> 31 & 0x7fffffff));
 }
 
 // The sum, or the maximum, of all threads of all Warps warps; scratch holds a float each.
