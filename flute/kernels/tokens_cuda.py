@@ -14,7 +14,6 @@ from . import cuda
 from .plan import Gpu
 
 _MOST_WARPS = 32
-_SHORT_TOKENS = 1  # for more, layers are not quicker with little code (docs/kernel-log.md, section 16)
 _BLOCKS_PER_SM = 8  # more find no room in shared memory, or nothing to do
 _CLUSTERS = (8, 4, 2)  # blocks that may share a token
 
@@ -113,7 +112,7 @@ def problem(
 
 
 @lru_cache(maxsize=1024)
-def _kernel(device: int, found: Problem, bits: int, symmetric: bool, many: bool, short: bool) -> tuple[Any, int]:
+def _kernel(device: int, found: Problem, bits: int, symmetric: bool, many: bool) -> tuple[Any, int]:
     """The kernel and its shared memory. With many tokens two blocks of an SM hide waits, with few code is short."""
     shared, blocks = cuda._shared_bytes(device), 2
     room = found.room(shared // 2 - 1024) if many and found.warps <= _MOST_WARPS // 2 else None
@@ -121,7 +120,7 @@ def _kernel(device: int, found: Problem, bits: int, symmetric: bool, many: bool,
         room, blocks = found.room(shared), 1
     assert room is not None, "`problem` and `shared_among` have asked"
     name = "turn_heads" if found.turn else "kronecker"
-    macros = found.macros(bits, symmetric, room, blocks, short)
+    macros = found.macros(bits, symmetric, room, blocks, not many)
     kernel = cuda._kernel(device, "kronecker.cu", macros, name)
     return kernel, found.shared_bytes(room)
 
@@ -141,7 +140,7 @@ def _transform(
     device, m = x.get_device(), outputs[0].numel() // (found.n1 * found.n2)
     gpu = cuda.gpu(device)
     found = found.shared_among(m, gpu)
-    kernel, shared = _kernel(device, found, bits, symmetric, m > 2 * gpu.sms, m <= _SHORT_TOKENS)
+    kernel, shared = _kernel(device, found, bits, symmetric, m > 2 * gpu.sms)
     x = cuda._aligned(x)
     # copies that must be made live until the launch
     factors = [None if one is None else cuda._aligned(one) for one in (left, right)]
@@ -227,8 +226,7 @@ def turn_heads(
     device, gpu = q.get_device(), cuda.gpu(q.get_device())
     units, tokens = (q.shape[-2] // found.n1, k.shape[-2] // found.n1), q.numel() // (q.shape[-2] * q.shape[-1])
     blocks = (min(tokens * units[0], _BLOCKS_PER_SM * gpu.sms), 2)  # of queries; of keys
-    many = tokens > 2 * gpu.sms
-    kernel, shared = _kernel(device, found, 0, True, many, not many)
+    kernel, shared = _kernel(device, found, 0, True, tokens > 2 * gpu.sms)
     config = cuda._config(blocks, 32 * found.warps, shared, 1, gpu.has_clusters)
     outputs = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     # copies that must be made live until the launch

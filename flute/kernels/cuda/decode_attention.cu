@@ -11,9 +11,6 @@
 // them, so two rows are interleaved by one instruction a word. The next keys are asked for as soon as these are scored,
 // the next values as soon as these are added. parts.cuh says how warps, and then parts, are added.
 //
-// The loop's first turn is a rehearsal on nothing: no query sees a position, so nothing is summed, but the code is there
-// when the launch ahead is over. Among launches of other code, every launch fetches its own from memory.
-//
 // Host macros: BF16, KEY_DIM, VALUE_DIM (multiples of 8), WARPS, TILES (of 16 positions, in a step).
 
 static_assert(TILES <= 2, "a lane looks at one position of a step");
@@ -221,29 +218,28 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 8 / WARPS)
   const int seen_by[2] = {(int)((row0 + (lane & 3) * 2) % tokens), (int)((row0 + (lane & 3) * 2 + 1) % tokens)};
   Steps steps{(int)(split * WARPS + warp), (int)(splits * WARPS)};
   let_next_begin();
+  wait_for_last();
+  int next = steps.next(mask, lane);
   Keys keys;
   Values values;
+  keys.clear(), values.clear();  // nobody sees what is not loaded
+  if (next >= 0) {
+    keys.load(keys_at, mask, next, seen_by, lane), values.load(values_at, next, positions - 1, lane);
+    next = steps.next(mask, lane);
+  }
   uint4 own[OWN];
-  Running running;
-  keys.clear(), values.clear(), running.clear();
 #pragma unroll
-  for (int j = 0; j < OWN; ++j) own[j] = make_uint4(0, 0, 0, 0);
-  int next = -1;
+  for (int j = 0; j < OWN; ++j) own[j] = query_at.piece(row % tokens, (lane & 3) + 4 * j, PIECES);
+  Running running;
+  running.clear();
 #pragma unroll 1
-  for (bool rehearsal = true;; rehearsal = false) {
+  for (;;) {
     float s[TILES][4];
     u32 p[TILES][2];
     score(s, own, keys, scaling);
     if (next >= 0) keys.load(keys_at, mask, next, seen_by, lane);
     running.weigh(p, s);
     running.add(p, values);
-    if (rehearsal) {
-      wait_for_last();
-      next = steps.next(mask, lane);
-      if (next >= 0) keys.load(keys_at, mask, next, seen_by, lane);
-#pragma unroll
-      for (int j = 0; j < OWN; ++j) own[j] = query_at.piece(row % tokens, (lane & 3) + 4 * j, PIECES);
-    }
     if (next < 0) break;
     values.load(values_at, next, positions - 1, lane);
     next = steps.next(mask, lane);
