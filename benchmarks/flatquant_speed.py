@@ -114,8 +114,12 @@ class Layer:
 
     def __init__(self, batch: int, context: int) -> None:
         where = {"device": "cuda"}
+        # outputs about as large as inputs: after an overflow all would be NaN, and every code would take a division
         self.products = [
-            (torch.randint(0, 256, pieces.shape(n, k, 4), dtype=torch.uint8, **where), torch.rand(n, **where))
+            (
+                torch.randint(0, 256, pieces.shape(n, k, 4), dtype=torch.uint8, **where),
+                torch.rand(n, **where) / (2 * k**0.5),
+            )
             for n, k in LINEARS
         ]
         self.keys, self.values = (Store.empty(batch, HEADS, context, DIM, False, "cuda") for _ in range(2))
