@@ -125,6 +125,15 @@ def _kernel(device: int, found: Problem, bits: int, symmetric: bool, many: bool)
     return kernel, found.shared_bytes(room)
 
 
+def _apart(shared: int, blocks: int, gpu: Gpu) -> int:
+    """Shared memory to ask for: so much that no two of ``blocks`` share an SM, where there is one for each.
+
+    Launches that begin early find some SMs free and others not, and their blocks gather there: a layer of four tokens
+    takes 7 % longer (docs/kernel-log.md, section 16).
+    """
+    return max(shared, gpu.shared_bytes // 2 + 1024) if blocks <= gpu.sms else shared
+
+
 def _transform(
     found: Problem,
     x: torch.Tensor,
@@ -146,6 +155,7 @@ def _transform(
     factors = [None if one is None else cuda._aligned(one) for one in (left, right)]
     weight = None if norm_weight is None else norm_weight.to(x.dtype).contiguous()
     blocks = min(m, _BLOCKS_PER_SM * gpu.sms)
+    shared = _apart(shared, blocks * found.cluster, gpu)
     config = cuda._config((blocks, 1), 32 * found.warps, shared, found.cluster, gpu.has_clusters)
     pointers = [cuda._pointer(one) for one in (*factors, weight, clip)]
     cuda._launch(device, config, kernel, x.data_ptr(), *pointers, *(one.data_ptr() for one in outputs), m, c_float(eps))
@@ -227,7 +237,7 @@ def turn_heads(
     units, tokens = (q.shape[-2] // found.n1, k.shape[-2] // found.n1), q.numel() // (q.shape[-2] * q.shape[-1])
     blocks = (min(tokens * units[0], _BLOCKS_PER_SM * gpu.sms), 2)  # of queries; of keys
     kernel, shared = _kernel(device, found, 0, True, tokens > 2 * gpu.sms)
-    config = cuda._config(blocks, 32 * found.warps, shared, 1, gpu.has_clusters)
+    config = cuda._config(blocks, 32 * found.warps, _apart(shared, 2 * blocks[0], gpu), 1, gpu.has_clusters)
     outputs = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     # copies that must be made live until the launch
     (q, q_pitch), (k, k_pitch) = _rows(q), _rows(k)
