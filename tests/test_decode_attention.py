@@ -11,7 +11,7 @@ from test_compile import complaints, report
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import flute.integrations.attention as integration
-from flute.errors import OperatorError
+from flute.errors import IntegrationError, OperatorError
 from flute.kernels import attention_cuda
 from flute.kernels.decode_attention import decode_attention
 
@@ -115,6 +115,19 @@ def test_models_generate_the_same(window: int | None, cache: str, monkeypatch: p
         logits[name] = torch.stack(made.logits)
     assert called == 2 * 5
     assert torch.allclose(logits["sdpa"], logits[integration.ATTENTION], atol=1e-5)
+
+
+def test_what_models_ask_for_besides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bias of positions goes to torch's attention, which adds it; sinks, which nobody here adds, are refused."""
+    query, key, value = given(2, 2, 1, 1, 10, (16, 16), torch.float32)
+    bias, mask = torch.randn(2, 2, 1, 10), causal(1, 10, 3)[None, None]
+    monkeypatch.setattr(integration, "_takes", lambda *_: True)
+    module = torch.nn.Module()
+    y, _ = integration.attention(module, query, key, value, mask, 0.3, position_bias=bias)
+    wanted = F.scaled_dot_product_attention(query, key, value, bias.masked_fill(~mask, -torch.inf), scale=0.3)
+    assert torch.allclose(y, wanted.transpose(1, 2), atol=1e-6)
+    with pytest.raises(IntegrationError, match="sinks"):
+        integration.attention(module, query, key, value, mask, 0.3, s_aux=torch.zeros(2))
 
 
 # ---- compiled --------------------------------------------------------------------------------------------------------

@@ -17,11 +17,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from ..errors import IntegrationError
 from ..kernels.attention import Store, kv_attention
 from ..kernels.decode_attention import decode_attention
 
 ATTENTION = "flute"  # the name to give to set_attn_implementation
 _FEW_TOKENS = 8  # up to here these kernels are asked; beyond, torch's are faster
+_TORCHS = ("softcap", "position_bias", "cache")  # what models may ask for that torch's attention does, or refuses
 
 
 class Held(NamedTuple):
@@ -45,9 +47,14 @@ def attention(
 
     Over codes, the mask of a step of few tokens may hide tokens on the left only (padded prompts), besides what is
     causal.
+
+    Raises:
+        IntegrationError: the model has attention sinks.
     """
+    if kwargs.get("s_aux") is not None:
+        raise IntegrationError('attention "flute": this model has attention sinks; give attn_implementation="eager"')
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    plain = query.shape[2] <= _FEW_TOKENS and kwargs.get("softcap") is None
+    plain = query.shape[2] <= _FEW_TOKENS and all(kwargs.get(name) is None for name in _TORCHS)
     if isinstance(key, Held) and isinstance(value, Held):
         reaches_back = sliding_window is None or sliding_window >= key.store.codes.shape[2]
         if plain and reaches_back:
