@@ -180,6 +180,23 @@ def test_the_real_model_is_the_simulated_one(spec: FlatSpec) -> None:
     assert float((real(WINDOWS).logits - truth).detach().norm() / truth.norm()) < 0.01
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_pass_through_16_bit_activations(compiled: bool) -> None:
+    """Those of the simulated model, which torch derives; compiled, too."""
+    model = tiny_models.build("Qwen3")
+    matrices, _ = calibrate(model, PRESETS["w4a16"], WINDOWS, None, Schedule(epochs=0), batch=2)
+    simulated, real = (quantized(model, PRESETS["w4a16"], matrices, real=each) for each in (False, True))
+    run = torch.compile(real, backend="aot_eager") if compiled else real
+    start = model.get_input_embeddings()(WINDOWS).detach()
+    grads = []
+    for each in (simulated, run):
+        x = start.clone().requires_grad_()
+        each(inputs_embeds=x).logits.square().mean().backward()
+        assert x.grad is not None
+        grads.append(x.grad)
+    assert float((grads[1] - grads[0]).norm() / grads[0].norm()) < 0.01
+
+
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 

@@ -39,6 +39,14 @@ def test_keys_and_queries_keep_their_products() -> None:
     assert torch.allclose(*scores)
 
 
+def test_gradients() -> None:
+    """Of both, by differences."""
+    q, k = (torch.randn(2, 3, heads, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2))
+    cos, sin = angles(1, 3, 8, dtype=torch.float64)
+    matrices = torch.randn(2, 8, 8, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda q, k: turn_heads(q, k, cos, sin, *matrices), (q, k))
+
+
 def test_refusals() -> None:
     x, (cos, sin), matrix = torch.randn(4, 2, 8), angles(4, 8, dtype=torch.float32), torch.eye(8)
     for bad, message in (

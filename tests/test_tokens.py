@@ -50,6 +50,18 @@ def test_the_middle_product_is_rounded_and_the_last_is_not() -> None:
     assert last[0, 0] == 1.0 + 2.0**-11
 
 
+@pytest.mark.parametrize("norm", [True, False])
+def test_gradients(norm: bool) -> None:
+    """Of x and the norm's weight, by differences."""
+    x, left, right = (torch.randn(shape, dtype=torch.float64) for shape in ((2, 12), (3, 3), (4, 4)))
+    weight = torch.rand(12, dtype=torch.float64, requires_grad=True) if norm else None
+    for a, b in ((left, right), (left, None), (None, right)):
+        assert torch.autograd.gradcheck(
+            lambda x, w: kronecker(x, a, b, w, 1e-5),  # noqa: B023
+            (x.requires_grad_(), weight),
+        )
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_norm_is_that_of_transformers(dtype: torch.dtype) -> None:
     norm = LlamaRMSNorm(96, eps=1e-5).to(dtype)

@@ -71,9 +71,28 @@ def _turn_heads_fake(
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
+def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[torch.Tensor, ...]) -> None:
+    _q, _k, *kept = inputs
+    ctx.save_for_backward(*kept)
+
+
+def _backward(
+    ctx: torch.autograd.function.FunctionCtx, grad_q: torch.Tensor, grad_k: torch.Tensor
+) -> tuple[torch.Tensor | None, ...]:
+    """Of q and k; what is turned back swaps the halves the other way round."""
+    cos, sin, *matrices = ctx.saved_tensors  # type: ignore[attr-defined]
+    wide, made = torch.promote_types(cos.dtype, torch.float32), []
+    for grad, matrix in zip((grad_q, grad_k), matrices, strict=True):
+        back = grad.to(wide) @ matrix.to(wide).mT
+        low, high = (back * sin.to(wide).unsqueeze(-2)).chunk(2, -1)
+        made.append((back * cos.to(wide).unsqueeze(-2) + torch.cat((high, -low), -1)).to(grad.dtype))
+    return *made, None, None, None, None
+
+
 _library.impl("turn_heads", _turn_heads, "CompositeExplicitAutograd")
 _library.impl("turn_heads", _turn_heads_cuda, "CUDA")
 torch.library.register_fake("flute::turn_heads", _turn_heads_fake, lib=_library)
+torch.library.register_autograd("flute::turn_heads", _backward, setup_context=_save, lib=_library)
 
 
 def turn_heads(
@@ -90,7 +109,7 @@ def turn_heads(
         query, key: (D, D) in q's dtype, the matrices of q and of k.
 
     Returns:
-        Both, in their shapes, contiguous; the same bits on every run.
+        Both, in their shapes, contiguous; the same bits on every run. Gradients are those of q and k.
 
     Raises:
         OperatorError: shapes, dtypes or devices do not fit.

@@ -262,12 +262,35 @@ def _kronecker_fake(
     return x.new_empty(x.shape)
 
 
+def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: torch.Tensor) -> None:
+    *tensors, ctx.eps = inputs  # type: ignore[attr-defined]
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """Of x and the norm's weight: left . grad . right^T through RMSNorm; factors, once calibrated, are not learned."""
+    x, left, right, norm_weight = ctx.saved_tensors  # type: ignore[attr-defined]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    made = grad.to(wide).reshape(-1, *_factors(x.shape[-1], left, right))
+    made = made if left is None else left.to(wide) @ made
+    made = (made if right is None else made @ right.to(wide).mT).reshape(x.shape)
+    if norm_weight is None:
+        return made.to(x.dtype), None, None, None, None
+    scale = torch.rsqrt(x.to(wide).square().mean(-1, keepdim=True) + ctx.eps)  # type: ignore[attr-defined]
+    unit = x.to(wide) * scale
+    grad_weight = (made * unit).reshape(-1, x.shape[-1]).sum(0).to(norm_weight.dtype)
+    made = made * norm_weight.to(wide)
+    grad_x = scale * (made - unit * (made * unit).mean(-1, keepdim=True))
+    return grad_x.to(x.dtype), None, None, grad_weight, None
+
+
 _library.impl("kronecker_quantize", _quantize, "CompositeExplicitAutograd")
 _library.impl("kronecker", _kronecker, "CompositeExplicitAutograd")
 _library.impl("kronecker_quantize", _quantize_cuda, "CUDA")
 _library.impl("kronecker", _kronecker_cuda, "CUDA")
 torch.library.register_fake("flute::kronecker_quantize", _quantize_fake, lib=_library)
 torch.library.register_fake("flute::kronecker", _kronecker_fake, lib=_library)
+torch.library.register_autograd("flute::kronecker", _backward, setup_context=_save, lib=_library)
 
 
 def kronecker_quantize(
@@ -321,5 +344,8 @@ def kronecker(
     norm_weight: torch.Tensor | None = None,
     eps: float = 1e-6,
 ) -> torch.Tensor:
-    """x . (left (x) right) rounded to x's dtype, for layers whose activations stay unquantized; else as above."""
+    """x . (left (x) right) rounded to x's dtype, for layers whose activations stay unquantized; else as above.
+
+    Gradients are those of x and of the norm's weight.
+    """
     return torch.ops.flute.kronecker(x, left, right, norm_weight, eps)
