@@ -49,9 +49,9 @@ def small_plan(small: Path, **changes: Any) -> Plan:
     return Plan(str(small), **values | changes)
 
 
-def stepped(made: Any, prompt: torch.Tensor) -> tuple[Any, torch.Tensor]:
+def stepped(made: Any, prompt: torch.Tensor, attention: bool = False) -> tuple[Any, torch.Tensor]:
     """The decoder after six steps behind ``prompt`` (2, 5), and the last token of it and those that came (2, 7)."""
-    decoder.share_layer_step(made, compiled=False)
+    decoder.share_layer_step(made, compiled=False, attention=attention)
     steps = decoder.Decoder(made, 2, 4, room=8)
     decoder.set_length(steps.cache, 0)
     made(prompt[:, :4], past_key_values=steps.cache, use_cache=True)
@@ -63,15 +63,16 @@ def stepped(made: Any, prompt: torch.Tensor) -> tuple[Any, torch.Tensor]:
     return steps, torch.cat(seen, 1)
 
 
-@pytest.mark.parametrize("method", ["dense", "nf4"])
+@pytest.mark.parametrize("method", ["dense", "nf4", "nf4+attention"])
 def test_a_decode_step_is_the_models_own(small: Path, method: str) -> None:
     """The shared step writes the cache and computes what transformers does, token by token."""
     made = model.build(small_plan(small), method)
-    assert any(isinstance(module, LutLinear) for module in made.modules()) == (method == "nf4")
+    assert any(isinstance(module, LutLinear) for module in made.modules()) == (method != "dense")
     prompt = torch.randint(0, 50, (2, 5), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         expected = made.generate(prompt, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
-        steps, seen = stepped(made, prompt)
+        steps, seen = stepped(made, prompt, method.endswith("+attention"))
+    assert (made.config._attn_implementation == ATTENTION) == method.endswith("+attention")
     assert torch.equal(seen, expected[:, 4:])
     assert [int(layer.cumulative_length) for layer in steps.cache.layers] == [10, 10]
     with torch.inference_mode():
@@ -188,7 +189,7 @@ def test_small_config_is_read_from_the_file_too(small: Path) -> None:
 def test_bench_model_on_a_gpu(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Compiled layers, CUDA graphs, the head too."""
     code, _, err = flute(
-        "bench", "model", "--config", small, "--methods", "dense,nf4+head,flatquant", "--batch", "1,3",
+        "bench", "model", "--config", small, "--methods", "dense,nf4+head+attention,flatquant", "--batch", "1,3",
         "--prompts", "1,9", "--steps", 4, "--group-size", 32, "-o", tmp_path / "m.csv", capsys=capsys,
     )  # fmt: skip
     assert code == 0, err

@@ -122,8 +122,12 @@ def model(
         str, typer.Option(help="llama-3.1-8b or another model by name, tiny, or a folder with config.json.")
     ] = "llama-3.1-8b",
     methods: Annotated[
-        str, typer.Option(help="dense, bitsandbytes (NF4), tables of ours; nf4+head: the output head too; flatquant.")
-    ] = "dense,nf4,nf4+head,nf3,nf2,bitsandbytes",
+        str,
+        typer.Option(
+            help="dense, bitsandbytes (NF4), tables of ours; nf4+head: the output head too; flatquant; any of them "
+            "with +attention last: flute's attention of a decode step."
+        ),
+    ] = "dense,nf4,nf4+attention,nf4+head+attention,nf3+attention,nf2+attention,bitsandbytes",
     batch: Annotated[str, typer.Option(help="Numbers of sequences.")] = "1,4,16,64",
     prompts: Annotated[str, typer.Option(help="Tokens of each prompt.")] = "1,128,2048",
     group_size: Annotated[int, typer.Option(help="Weights that share a scale; -1 for the whole row.")] = 64,
@@ -138,7 +142,8 @@ def model(
 ) -> None:
     """Decoded and prefilled tokens per second of a model with random weights in transformers.
 
-    Static cache, one CUDA graph a step, the same code around the linear layers for every method. Memory stands beside.
+    Static cache, one CUDA graph a step, the same code around the linear layers (and attention) for every method. Memory
+    stands beside.
     """
     batches, lengths = numbers("--batch", batch), numbers("--prompts", prompts)
     names = [name.strip() for name in methods.split(",")]
