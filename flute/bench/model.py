@@ -40,9 +40,7 @@ from .timing import captured
 
 DENSE, BITSANDBYTES = "dense", "bitsandbytes"
 HEAD = "+head"  # behind a table: the output head is quantized too
-ATTENTION = (
-    "+attention"  # behind a method: decode steps through `flute.kernels.decode_attention`, not torch's attention
-)
+ATTENTION = "+attention"  # behind a method: decode steps attend by `flute.kernels.decode_attention`, not by torch
 _PREFILL_REPLAYS = 3
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from ctypes import c_float
 from functools import lru_cache
 from math import ceil, e, log2
@@ -25,13 +26,12 @@ _MOST_DECODE_DIM = 192  # more would spill registers
 
 def takes(dtype: torch.dtype, key_dim: int, value_dim: int, slots: int, paged: bool) -> bool:
     """Whether the kernels take this cache; others are for plain torch."""
-    dims = key_dim % 8 == 0 and value_dim % 8 == 0 and max(key_dim, value_dim) <= _MOST_DIM
-    return dtype in (torch.float16, torch.bfloat16) and dims and not (paged and slots % _BLOCK)
+    return takes_decode(dtype, key_dim, value_dim, _MOST_DIM) and not (paged and slots % _BLOCK)
 
 
-def takes_decode(dtype: torch.dtype, key_dim: int, value_dim: int) -> bool:
+def takes_decode(dtype: torch.dtype, key_dim: int, value_dim: int, most: int = _MOST_DECODE_DIM) -> bool:
     """Whether ``decode_attention.cu`` takes heads of these sizes; others are for plain torch."""
-    dims = key_dim % 8 == 0 and value_dim % 8 == 0 and 0 < max(key_dim, value_dim) <= _MOST_DECODE_DIM
+    dims = key_dim % 8 == 0 and value_dim % 8 == 0 and 0 < max(key_dim, value_dim) <= most
     return dtype in (torch.float16, torch.bfloat16) and dims
 
 
@@ -55,10 +55,11 @@ def _kernel(device: int, file: str, name: str, *what: Any) -> Any:
     return cuda._kernel(device, file, macros(*what), name)
 
 
-def _rows_aligned(x: torch.Tensor) -> torch.Tensor:
-    """x with neighbours in the last dimension, every row at an even place; copied if it must be."""
-    good = x.stride(-1) == 1 and not any(stride % 2 for stride in x.stride()[:-1]) and not x.data_ptr() & 3
-    return x if good else x.contiguous()
+def _rows_aligned(x: torch.Tensor, numbers: int) -> torch.Tensor:
+    """x with every row a run of so many ``numbers`` at once, as a lane reads them; copied if it must be."""
+    odd = any(stride % numbers for size, stride in zip(x.shape[:-1], x.stride(), strict=False) if size > 1)
+    good = x.stride(-1) == 1 and not odd and x.data_ptr() % (numbers * x.element_size()) == 0
+    return x if good else x.clone(memory_format=torch.contiguous_format)
 
 
 def append(
@@ -84,7 +85,7 @@ def append(
     kernel = _kernel(device, "kv_append.cu", "kv_append", *what)
     blocks = ceil(2 * batch * heads * tokens / _WARPS)
     config = cuda._config((blocks, 1), 32 * _WARPS, 0, 1, cuda.gpu(device).has_clusters)
-    key, value = _rows_aligned(key), _rows_aligned(value)
+    key, value = _rows_aligned(key, 2), _rows_aligned(value, 2)
     clips = [None if clip is None else clip.float().contiguous() for clip in (key_clip, value_clip)]
     stores = (
         key_codes.data_ptr(), key_scale.data_ptr(), cuda._pointer(key_zero), cuda._pointer(clips[0]),
@@ -148,25 +149,41 @@ def attention(
     row_blocks, step = ceil(group * tokens / _ROWS), _BLOCK * _tiles(dim, value_dim)
     splits, together = parts(batch * heads * row_blocks, slots * pages, step, gpu)
     what = (query.dtype == torch.bfloat16, dim, value_dim, key_zero is None, value_zero is None)
-    query, partial = cuda._aligned(query), None
-    if splits > 1 and not together:
-        shape = (batch * many * tokens, splits, value_dim + 2)
-        partial = torch.empty(shape, dtype=torch.float32, device=query.device)
+    query = cuda._aligned(query)
     stores = (key_codes, key_scale, key_zero, value_codes, value_scale, value_zero, lengths, starts, table)
-    pointers = (query.data_ptr(), *map(cuda._pointer, stores), out.data_ptr(), cuda._pointer(partial))
+    operands = (query.data_ptr(), *map(cuda._pointer, stores))
     sizes = (heads, group, tokens, slots, pages, splits, c_float(scaling * log2(e)))
-    kernel = _kernel(device, "kv_attention.cu", "kv_attention", *what)
-    cluster, shared = splits if together else 1, (_WARPS + 1) * _ROWS * (value_dim + 2) * 4
-    grid = (row_blocks * splits // cluster, batch * heads)  # of clusters
-    cuda._launch(device, cuda._config(grid, 32 * _WARPS, shared, cluster, gpu.has_clusters), kernel, *pointers, *sizes)
-    if partial is not None:
-        _merge(device, _kernel(device, "kv_attention.cu", "kv_merge", *what), partial, out)
+
+    def kernel(name: str) -> Any:
+        return _kernel(device, "kv_attention.cu", name, *what)
+
+    _launch(kernel, "kv_attention", (row_blocks, batch * heads), _WARPS, splits, together, operands, out, sizes)
     return out
 
 
-def _merge(device: int, kernel: Any, partial: torch.Tensor, out: torch.Tensor) -> None:
-    config = cuda._config((partial.shape[0], 1), 128, 0, 1, cuda.gpu(device).has_clusters)
-    cuda._launch(device, config, kernel, partial.data_ptr(), out.data_ptr(), partial.shape[1])
+def _launch(
+    kernel: Callable[[str], Any],
+    name: str,
+    blocks: tuple[int, int],
+    warps: int,
+    splits: int,
+    together: bool,
+    operands: Sequence[int],
+    out: torch.Tensor,
+    sizes: Sequence[Any],
+) -> None:
+    """A kernel on ``parts.cuh`` and, where parts do not meet in a cluster, ``kv_merge``."""
+    device, value_dim = out.get_device(), out.shape[-1]
+    rows, overlap, partial = out.numel() // value_dim, cuda.gpu(device).has_clusters, None
+    if splits > 1 and not together:
+        partial = torch.empty(rows, splits, value_dim + 2, dtype=torch.float32, device=out.device)
+    cluster, shared = splits if together else 1, (warps + 1) * _ROWS * (value_dim + 2) * 4
+    grid = (blocks[0] * splits // cluster, blocks[1])  # of clusters
+    config = cuda._config(grid, 32 * warps, shared, cluster, overlap)
+    cuda._launch(device, config, kernel(name), *operands, out.data_ptr(), cuda._pointer(partial), *sizes)
+    if partial is not None:
+        config = cuda._config((rows, 1), 128, 0, 1, overlap)
+        cuda._launch(device, config, kernel("kv_merge"), partial.data_ptr(), out.data_ptr(), splits)
 
 
 def decode_macros(bf16: bool, key_dim: int, value_dim: int, warps: int) -> Macros:
@@ -187,29 +204,27 @@ def decode_parts(blocks: int, steps: int, gpu: Gpu) -> tuple[int, int, bool]:
     ``benchmarks/results/decode_attention_cuts_h100.txt``: a round of one step a warp takes longer the more warps an SM
     has, meeting costs once, and a second launch, which adds more parts than a cluster holds, more.
     """
-    cuts = []
-    for warps, per_sm in ((2 * _WARPS, 1), (_WARPS, _BLOCKS_PER_SM)):
-        for parts, at_once in gpu.clusters if gpu.has_clusters else ((1, gpu.sms),):
-            if blocks <= per_sm * at_once:
-                on_sm = warps * ceil(blocks * parts / gpu.sms)
-                rounds = max(1.0, steps / (parts * warps))
-                cuts.append((rounds * (16 + on_sm) + (13 + 0.3 * parts) * (parts > 1), warps, parts, True))
-    most = min(gpu.sms // blocks, ceil(steps / (2 * _WARPS)))
+    many = 2 * _WARPS
+    cuts = [
+        (warps, count, True, (13 + 0.3 * count) * (count > 1))
+        for warps, per_sm in ((_WARPS, _BLOCKS_PER_SM), (many, 1))
+        for count, at_once in (gpu.clusters if gpu.has_clusters else ((1, gpu.sms),))
+        if blocks <= per_sm * at_once
+    ]
+    most = min(gpu.sms // blocks, ceil(steps / many))
     if most > 1:
-        rounds = max(1.0, steps / (most * 2 * _WARPS))
-        cuts.append((rounds * (16 + 2 * _WARPS) + 45, 2 * _WARPS, most, False))
-    return min(cuts, default=(0, _WARPS, 1, True))[1:]
+        cuts.append((many, most, False, 45))
+
+    def estimate(cut: tuple[int, int, bool, float]) -> float:
+        warps, count, _, meeting = cut
+        return max(1.0, steps / (count * warps)) * (16 + warps * ceil(blocks * count / gpu.sms)) + meeting
+
+    return min(cuts, key=estimate, default=(_WARPS, 1, True, 0.0))[:3]
 
 
 @lru_cache(maxsize=256)
 def _decode_kernel(device: int, name: str, *what: Any) -> Any:
     return cuda._kernel(device, "decode_attention.cu", decode_macros(*what), name)
-
-
-def _pieces_aligned(x: torch.Tensor) -> torch.Tensor:
-    """x with every row a run of 16-byte pieces; copied if it must be."""
-    odd = any(stride % 8 for size, stride in zip(x.shape[:-1], x.stride(), strict=False) if size > 1)
-    return x.clone(memory_format=torch.contiguous_format) if x.stride(-1) != 1 or odd or x.data_ptr() & 15 else x
 
 
 def decode_attention(
@@ -224,21 +239,17 @@ def decode_attention(
     group = many // heads
     row_blocks, steps = ceil(group * tokens / _ROWS), ceil(positions / (_BLOCK * _decode_tiles(dim, value_dim)))
     warps, splits, together = decode_parts(batch * heads * row_blocks, steps, gpu)
-    what, partial = (query.dtype == torch.bfloat16, dim, value_dim, warps), None
-    if splits > 1 and not together:
-        partial = torch.empty(batch * tokens * many, splits, value_dim + 2, dtype=torch.float32, device=query.device)
-    rows = [_pieces_aligned(x) for x in (query, key, value)]
+    what = (query.dtype == torch.bfloat16, dim, value_dim, warps)
+    rows = [_rows_aligned(x, 8) for x in (query, key, value)]
     operands = [number for x in rows for number in (x.data_ptr(), *x.stride()[:3])]
     if mask is not None:
         mask = mask if mask.stride(-1) == 1 else mask.contiguous()
     apart = (0, 0) if mask is None else (mask.stride(i) if mask.shape[i] > 1 else 0 for i in (0, 2))
     sizes = (heads, group, tokens, positions, splits, c_float(scaling * log2(e)))
-    cluster, shared = splits if together else 1, (warps + 1) * _ROWS * (value_dim + 2) * 4
-    grid = (row_blocks * splits // cluster, batch * heads)  # of clusters
-    config = cuda._config(grid, 32 * warps, shared, cluster, gpu.has_clusters)
-    kernel = _decode_kernel(device, "decode_attention", *what)
-    pointers = (*operands, cuda._pointer(mask), *apart, out.data_ptr(), cuda._pointer(partial))
-    cuda._launch(device, config, kernel, *pointers, *sizes)
-    if partial is not None:
-        _merge(device, _decode_kernel(device, "kv_merge", *what), partial, out)
+    operands += [cuda._pointer(mask), *apart]
+
+    def kernel(name: str) -> Any:
+        return _decode_kernel(device, name, *what)
+
+    _launch(kernel, "decode_attention", (row_blocks, batch * heads), warps, splits, together, operands, out, sizes)
     return out

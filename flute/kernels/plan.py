@@ -60,6 +60,11 @@ class Gpu:
         return (self.shared_bytes + 1024) // per_sm - 1024
 
     @property
+    def unshared(self) -> int:
+        """So much shared memory of a block that no second one like it fits beside it on an SM."""
+        return self.shared_bytes // 2 + 1024
+
+    @property
     def has_wgmma(self) -> bool:
         """Asynchronous tensor cores with A in registers: Hopper alone has them."""
         return self.arch == "sm_90"

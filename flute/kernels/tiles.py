@@ -174,7 +174,7 @@ def tiling(
     # The next launch's blocks come as soon as there is room. They must not gather two by two on some SMs: either none
     # fits beside one that runs, or every SM gets one.
     if per_sm == 1:
-        shared = max(shared, gpu.shared_bytes // 2 + 1024)
+        shared = max(shared, gpu.unshared)
     else:
         blocks = max(blocks, together * split)
     work = (-(-units * chunks // gpu.sms), gpu.sms) if cut else (-(-chunks // split), units)  # chunks, and how often

@@ -129,9 +129,9 @@ def _apart(shared: int, blocks: int, gpu: Gpu) -> int:
     """Shared memory to ask for: so much that no two of ``blocks`` share an SM, where there is one for each.
 
     Launches that begin early find some SMs free and others not, and their blocks gather there: a layer of four tokens
-    takes 7 % longer (docs/kernel-log.md, section 16).
+    takes 10 % longer (docs/kernel-log.md, section 16).
     """
-    return max(shared, gpu.shared_bytes // 2 + 1024) if blocks <= gpu.sms else shared
+    return max(shared, gpu.unshared) if blocks <= gpu.sms else shared
 
 
 def _transform(

@@ -76,10 +76,6 @@ __device__ __forceinline__ void copy_x(const Work& work, const TensorMap& map, u
   }
 }
 
-__device__ __forceinline__ void meet_cluster() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
 // Partial sums lie as planes: 8 tokens of one group's 64 rows, 16 bytes a thread. Planes go round the groups of all blocks.
 __device__ __forceinline__ void add_partial_sums(const Output& output, const Work& work, u32 shared, int rank, int split, int unit,
                                                  int token, int thread) {

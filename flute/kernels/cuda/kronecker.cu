@@ -81,11 +81,8 @@ __device__ __forceinline__ u32 in_block(u32 address, u32 block) {
 
 // All threads of a cluster, or of a block.
 __device__ __forceinline__ void meet() {
-#if CLUSTER > 1
-  asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#else
-  __syncthreads();
-#endif
+  if (CLUSTER > 1) meet_cluster();
+  else __syncthreads();
 }
 
 // silu(gate) * up of eight, each rounded as torch rounds it; in a loop of two pairs, through which the words are turned.

@@ -207,10 +207,6 @@ __device__ __forceinline__ void take_registers() {
   if (GIVE) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MATH_REGISTERS));
 }
 
-__device__ __forceinline__ void meet_cluster() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
 // Partial sums lie as planes: 8 tokens of one group's 64 rows, 16 bytes a thread. Planes go round the groups of all
 // blocks, and each is added up in the order of blocks and ways.
 __device__ __forceinline__ void add_partial_sums(const Work& work, u16* y, const u16* bias, u32 shared, int rank,

@@ -58,13 +58,6 @@ __device__ __forceinline__ const float* in_block(const float* mine, int block) {
 #endif
 }
 
-// What blocks wrote before is there behind it.
-__device__ __forceinline__ void meet_cluster() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-
 // No block's memory goes before all have read it; nothing was written that others are to see.
 __device__ __forceinline__ void leave_cluster() {
 #if __CUDA_ARCH__ >= 900

@@ -130,3 +130,10 @@ __device__ __forceinline__ void wait_for_last() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
+
+// All threads of a cluster; what its blocks wrote before is there behind it.
+__device__ __forceinline__ void meet_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
